@@ -1,0 +1,184 @@
+"""Forward passes in, covariances out: hooks on linear layers, window by window.
+
+A *site* is one input tensor; the layers that read it (q/k/v, gate/up) share one covariance.
+Only the sums of the sites of the current window exist at a time, and hooks only look at
+inputs: an offloaded layer's weight is not there to be read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from mergekit_pave.covariance import SecondMoment
+from mergekit_pave.errors import PaveError
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One input tensor, named after the first weight that reads it.
+
+    Attributes:
+        weights: names of all weights that read it, the first is the site's name.
+        width: features.
+        calls: how often it was read in one forward pass; 0 for a layer that was not reached.
+    """
+
+    weights: tuple[str, ...]
+    width: int
+    calls: int
+
+    @property
+    def name(self) -> str:
+        return self.weights[0]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.width**2
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last site of interest."""
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator:
+    """Call `see(name, input)` whenever one of `modules` is about to run."""
+
+    def hook(name: str):
+        def pre_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(name, args[0] if args else kwargs["input"])
+
+        return pre_forward
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward(model: PreTrainedModel, batch: Batch) -> None:
+    """One pass whose outputs nobody wants; ends early when a hook says so."""
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    inputs = {
+        key: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
+        for key, value in batch.items()
+    }
+    if "input_ids" in inputs and getattr(model.config, "use_cache", None) is not None:
+        inputs["use_cache"] = False
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except _Stop:
+        pass
+
+
+def plan_sites(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], batch: Batch
+) -> list[SitePlan]:
+    """Find the sites, in the order of the forward pass, by running it once.
+
+    Layers share a site when they are handed the *same tensor object* one after the other.
+    The tensor is held while it is compared: its address alone may be reused.
+    """
+    last: list[Tensor] = []
+    groups: list[list[str]] = []
+    calls: dict[str, int] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        if calls[name] == 1:
+            if last and x is last[0]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        last[:] = [x]
+
+    with watching(modules, see):
+        forward(model, batch)
+    plans = []
+    for group in groups:
+        # A layer that runs several times per pass reads several tensors: it shares with none.
+        parts = [group] if all(calls[n] == 1 for n in group) else [[n] for n in group]
+        plans += [SitePlan(tuple(p), _width(modules[p[0]]), calls[p[0]]) for p in parts]
+    unreached = [name for name in modules if name not in calls]
+    return plans + [SitePlan((name,), _width(modules[name]), 0) for name in unreached]
+
+
+def _width(module: nn.Module) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+
+
+def windows(sites: Sequence[SitePlan], budget: int) -> list[list[SitePlan]]:
+    """Cut the sites, in order, into runs whose sums fit `budget` bytes (one site at least)."""
+    runs: list[list[SitePlan]] = []
+    used = 0
+    for site in sites:
+        if not runs or used + site.bytes > budget:
+            runs.append([])
+            used = 0
+        runs[-1].append(site)
+        used += site.bytes
+    return runs
+
+
+def collect_window(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    window: Sequence[SitePlan],
+    batches: Sequence[Batch],
+    progress: tqdm,
+) -> dict[str, SecondMoment]:
+    """Second moments of one window's sites over all batches.
+
+    Raises:
+        PaveError: an input holds NaN or Inf.
+    """
+    moments = {site.name: SecondMoment(site.width) for site in window}
+    finite: dict[str, Tensor] = {}
+    remaining = expected = sum(site.calls for site in window)
+    stop_early = all(site.calls for site in window)
+
+    def see(name: str, x: Tensor) -> None:
+        nonlocal remaining
+        moments[name].add(x)
+        finite[name] = torch.isfinite(x).all()
+        remaining -= 1
+        if stop_early and remaining == 0:
+            raise _Stop
+
+    with watching({site.name: modules[site.name] for site in window}, see):
+        for number, batch in enumerate(batches):
+            remaining = expected
+            forward(model, batch)
+            bad = [name for name, good in finite.items() if not good]
+            if bad:
+                raise PaveError(
+                    f"The input of {bad[0].removesuffix('.weight')} holds NaN or Inf in "
+                    f"calibration batch {number} ({_shape(batch)}): the model overflows or its "
+                    "weights are broken; check that it runs on this data at all."
+                )
+            finite.clear()
+            progress.update()
+    return moments
+
+
+def _shape(batch: Batch) -> str:
+    name, value = next(iter(batch.items()))
+    return f"{name} of shape {tuple(value.shape)}"

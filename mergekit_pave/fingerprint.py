@@ -1,0 +1,54 @@
+"""Recognising a weight by a sample of its values.
+
+Statistics belong to one exact set of weights. A tensor's fingerprint is a few hundred of its
+values at fixed places: cheap to read from a shard, independent of the file layout and of the
+tensor's name, and comparable after mergekit has cast the tensor to another dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_CHUNKS, _CHUNK = 8, 64
+LENGTH = _CHUNKS * _CHUNK
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """`(512,)` float32 values of `tensor` at fixed places, zero-padded when it has fewer.
+
+    Eight runs of 64 neighbours, spread evenly, so that a memory-mapped shard is touched in
+    eight places only. Values keep their dtype's precision (float64 is rounded to float32).
+    """
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > LENGTH:
+        last = flat.numel() - _CHUNK
+        starts = [last * i // (_CHUNKS - 1) for i in range(_CHUNKS)]
+        flat = torch.cat([flat[start : start + _CHUNK] for start in starts])
+    out = torch.zeros(LENGTH)
+    out[: flat.numel()] = flat.to("cpu", torch.float32)
+    return out
+
+
+def same(seen: Tensor, kept: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """Which rows of `kept`, `(n, 512)`, are the fingerprint `seen`, `(512,)`: bool `(n,)`.
+
+    Both are first rounded to every dtype of `dtypes`, the ones they have lived in: rounding
+    is what a cast between checkpoint and merge does, and nothing else is forgiven.
+    """
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype not in (torch.float32, torch.float64):
+            seen, kept = seen.to(dtype).float(), kept.to(dtype).float()
+    return (seen == kept).all(dim=-1)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes, dtypes and fingerprints: the identity of a checkpoint."""
+    state = hashlib.sha256()
+    for name, tensor in tensors:
+        state.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        state.update(fingerprint(tensor).numpy().tobytes())
+    return state.hexdigest()

@@ -1,0 +1,59 @@
+"""Making mergekit know the purified methods."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+from mergekit_pave.errors import PaveError
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> tuple[str, ...]:
+    """Register `pave_<name>` for every mergekit method that requires a base model.
+
+    Idempotent; methods registered by others since the last call are picked up.
+
+    Returns:
+        The names of all purified methods.
+
+    Raises:
+        PaveError: the installed mergekit is older than 0.1.5.
+    """
+    _require_mergekit()
+    import mergekit.merge_methods as host
+
+    from mergekit_pave.method import PREFIX, PaveMerge, can_wrap
+
+    known = {method.spec.name for method in host.registered_methods()}
+    for method in host.registered_methods():
+        if can_wrap(method) and PREFIX + method.spec.name not in known:
+            host.register(PaveMerge(method, shared_statistics()))
+    return tuple(m.spec.name for m in host.registered_methods() if isinstance(m, PaveMerge))
+
+
+@functools.cache
+def shared_statistics():
+    from mergekit_pave.statistics import Statistics
+
+    return Statistics()
+
+
+def _require_mergekit() -> None:
+    from importlib.metadata import version
+
+    found = version("mergekit")
+    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    if numbers < (0, 1, 5):
+        raise PaveError(
+            f"mergekit-pave needs mergekit 0.1.5 or newer, found {found}: "
+            "pip install --upgrade 'mergekit>=0.1.5'."
+        )
+
+
+def attach(module: ModuleType) -> None:
+    """What the start-up hook calls when one of mergekit's modules has been imported."""
+    if module.__name__ == "mergekit.merge_methods":
+        register()

@@ -1,0 +1,106 @@
+"""From what the YAML names to local folders: models (with LoRA), and published stores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mergekit.common import ModelPath, ModelReference
+from mergekit.io.tasks import LoaderCache
+
+from mergekit_pave.calibration.model import ModelSource
+from mergekit_pave.errors import PaveError
+from mergekit_pave.store import MANIFEST, CovarianceStore
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """mergekit's own loading options: caches and whether remote code may run."""
+
+    cache_dir: str | None = None
+    lora_merge_cache: str | None = None
+    lora_merge_dtype: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of_this_thread(cls) -> LoaderOptions:
+        loaders = LoaderCache()
+        return cls(
+            loaders.hf_cache_dir,
+            loaders.lora_cache_dir,
+            loaders.lora_merge_dtype,
+            loaders.trust_remote_code,
+        )
+
+
+def public_name(path: str) -> str:
+    """A Hub id as it is, a local folder by its last part: manifests are published."""
+    return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
+
+
+def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
+    """Download or find a model's weights, a LoRA merged into them as mergekit does it.
+
+    Raises:
+        PaveError: an adapter without a place for the merged copy.
+    """
+    if model.lora and not options.lora_merge_cache:
+        raise PaveError(
+            f"{model} names an adapter: give mergekit a folder for the merged copy with "
+            "--lora-merge-cache DIR."
+        )
+    merged = model.merged(
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    )
+    label = public_name(model.model.path)
+    if model.lora:
+        label += "+" + public_name(model.lora.path)
+    tokenizer = _tokenizer_of(model)
+    return ModelSource(
+        path=merged.local_path(cache_dir=options.cache_dir),
+        label=label,
+        tokenizer=tokenizer.path,
+        revision=tokenizer.revision,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir,
+    )
+
+
+def _tokenizer_of(model: ModelReference) -> ModelPath:
+    """An adapter's own tokenizer when it ships one, else the model's."""
+    if model.lora and (Path(model.lora.path) / "tokenizer_config.json").exists():
+        return model.lora
+    return model.model
+
+
+def fetch_store(where: str, options: LoaderOptions) -> CovarianceStore:
+    """Open the store at a local folder, or download it from the Hub (data set or model).
+
+    Raises:
+        PaveError: there is no complete store.
+    """
+    if os.path.exists(where) or where.startswith((".", "/", "~")):
+        return CovarianceStore(Path(where).expanduser())
+    repo, _, revision = where.partition("@")
+    error: Exception | None = None
+    for repo_type in ("dataset", "model"):
+        try:
+            folder = snapshot_download(
+                repo,
+                repo_type=repo_type,
+                revision=revision or None,
+                cache_dir=options.cache_dir,
+                allow_patterns=[MANIFEST, "*.safetensors"],
+            )
+            return CovarianceStore(folder)
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as failure:
+            error = failure
+    raise PaveError(
+        f"covariance: {where!r} is neither a local folder nor a covariance store on the Hub "
+        f"that can be reached ({type(error).__name__})."
+    ) from error

@@ -1,0 +1,158 @@
+"""Which layer a tensor is and what its inputs look like: the method's view of the stores.
+
+One `Statistics` serves all methods of a process. It finds or computes each model's
+covariance store once, under a lock, however many threads merge.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from mergekit_pave.calibration.data import CalibrationSpec
+from mergekit_pave.calibration.model import (
+    empty_model,
+    is_transposed,
+    linear_layers,
+    refuse_quantised,
+)
+from mergekit_pave.calibration.run import Resources, cached_store
+from mergekit_pave.errors import PaveError
+from mergekit_pave.parameters import CALIBRATION
+from mergekit_pave.sources import LoaderOptions, fetch_store, model_source
+from mergekit_pave.store import CovarianceStore, same_layer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of one model.
+
+    Attributes:
+        name: its weight in the model's own checkpoint or class.
+        transposed: the weight is stored `(in, out)`.
+        covariance: reads the second moment of its inputs, `(in, in)` float32.
+    """
+
+    name: str
+    transposed: bool
+    covariance: Callable[[], Tensor]
+
+    @property
+    def seed(self) -> int:
+        """For the random ablation: differs between layers, not between runs."""
+        return zlib.crc32(self.name.encode())
+
+
+class Statistics:
+    """Finds the layer behind a tensor, and keeps count of what was purified."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stores: dict[tuple, CovarianceStore] = {}
+        self._plain: dict[Hashable, dict[tuple[str, tuple], bool]] = {}
+        self._options = LoaderOptions()
+        self.counts: dict[str, set[str | None]] = {"purified": set(), "plain": set()}
+
+    def remember_loader_options(self) -> None:
+        """Take over mergekit's loading options, which only its planning thread knows."""
+        self._options = LoaderOptions.of_this_thread()
+
+    def count(self, what: str, name: str | None) -> None:
+        self.counts[what].add(name)
+
+    def layer(
+        self, model: Hashable, name: str | None, tensor: Tensor, values: Mapping[str, Any]
+    ) -> Layer | None:
+        """The linear layer whose weight `tensor` is; `None` when it is none to purify.
+
+        Args:
+            model: mergekit's id of the input, a `ModelReference` in a YAML merge.
+            name: of the output tensor, `None` in memory.
+            tensor: the weight as mergekit loaded it.
+            values: this model's parameters by name.
+
+        Raises:
+            PaveError: no calibration data, or statistics of other weights.
+        """
+        if values["subspace"] != "covariance":
+            return self._layer_by_name(model, name, tensor)
+        store = self._store(model, values, tensor.device)
+        found = store.find(name, tensor)
+        if found is not None:
+            weight = store.weights[found]
+            return Layer(found, weight.transposed, partial(store.covariance, weight.site))
+        if name and store.namesake(name, tuple(tensor.shape)):
+            raise PaveError(
+                f"{name} of {model} is not the weight that the covariance store "
+                f"{store.folder} was computed for; recalibrate the model."
+            )
+        return None
+
+    def _store(
+        self, model: Hashable, values: Mapping[str, Any], device: torch.device
+    ) -> CovarianceStore:
+        wanted = ("covariance", *(parameter.name for parameter in CALIBRATION))
+        key = (model, *(values[name] for name in wanted))
+        with self._lock:
+            if key not in self._stores:
+                self._stores[key] = self._open(model, values, device)
+            return self._stores[key]
+
+    def _open(
+        self, model: Hashable, values: Mapping[str, Any], device: torch.device
+    ) -> CovarianceStore:
+        if values["covariance"]:
+            store = fetch_store(values["covariance"], self._options)
+            if isinstance(model, ModelReference):
+                source = model_source(model, self._options)
+                store.verify(source.tensors(), source.label)
+            return store
+        if not values["calibration_dataset"]:
+            raise PaveError(
+                f"{model} has no calibration data: set calibration_dataset (its own task data) "
+                "or covariance (a store) under its parameters, or rank_ratio: 1.0."
+            )
+        if not isinstance(model, ModelReference):
+            raise PaveError(
+                f"Input {model!r} is a tensor in memory, which cannot be calibrated: write a "
+                "store with `mergekit-pave calibrate` and give it as covariance."
+            )
+        source = model_source(model, self._options)
+        spec = CalibrationSpec.from_parameters(values)
+        with torch.device("cpu"):
+            store = cached_store(source, spec, Resources.from_environment(device.type))
+        store.verify(source.tensors(), source.label)
+        return store
+
+    def _layer_by_name(self, model: Hashable, name: str | None, tensor: Tensor) -> Layer | None:
+        """For the ablations without data: the layers of the model's class, by name."""
+        if not isinstance(model, ModelReference) or name is None:
+            return Layer(name or "", False, _no_covariance)
+        with self._lock:
+            if model not in self._plain:
+                config = model.config(trust_remote_code=self._options.trust_remote_code)
+                refuse_quantised(config, str(model))
+                layers = linear_layers(empty_model(config, self._options.trust_remote_code))
+                self._plain[model] = {
+                    (key, tuple(module.weight.shape)): is_transposed(module)
+                    for key, module in layers.modules.items()
+                }
+        for (key, shape), transposed in self._plain[model].items():
+            if shape == tuple(tensor.shape) and same_layer(key, name):
+                return Layer(key, transposed, _no_covariance)
+        return None
+
+
+def _no_covariance() -> Tensor:
+    raise AssertionError("the ablations use no covariance")
