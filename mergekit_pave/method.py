@@ -127,7 +127,7 @@ class PaveMerge(GroupMergeMethod):
             self.statistics.count("plain", group.metadata.name)
             return group
         drops = allocation.allocate(
-            [p.tail.values / p.tail.largest for p in participants],
+            [p.tail.normalised for p in participants],
             min(shape),
             ratio,
             own["rank_allocation"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from types import ModuleType
 
 from mergekit_pave.errors import PaveError
@@ -57,3 +58,42 @@ def attach(module: ModuleType) -> None:
     """What the start-up hook calls when one of mergekit's modules has been imported."""
     if module.__name__ == "mergekit.merge_methods":
         register()
+    elif module.__name__ == "mergekit.merge":
+        _guard(module)
+
+
+def _guard(module: ModuleType) -> None:
+    """Check purified merges before `run_merge` downloads anything, and report afterwards.
+
+    mergekit has no place for a method to see the whole configuration. The methods do not
+    depend on this: without it the same mistakes are met later, or, for keys that mergekit
+    drops, not at all.
+    """
+    original = module.run_merge
+
+    @functools.wraps(original)
+    def run_merge(merge_config, out_path, options, config_source=None):
+        from mergekit_pave import check
+        from mergekit_pave.method import PREFIX
+        from mergekit_pave.sources import LoaderOptions
+
+        name = merge_config.merge_method
+        if not name.startswith(PREFIX) and not check.looks_like_ours(name):
+            return original(merge_config, out_path, options, config_source)
+        loading = LoaderOptions(
+            options.transformers_cache,
+            options.lora_merge_cache,
+            options.lora_merge_dtype,
+            options.trust_remote_code,
+        )
+        warnings = check.preflight(merge_config, config_source, loading, options.allow_crimes)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        statistics = shared_statistics()
+        statistics.reset_counts()
+        result = original(merge_config, out_path, options, config_source)
+        if not options.quiet:
+            print(statistics.coverage(), file=sys.stderr)  # noqa: T201
+        return result
+
+    module.run_merge = run_merge

@@ -71,6 +71,15 @@ class Statistics:
     def count(self, what: str, name: str | None) -> None:
         self.counts[what].add(name)
 
+    def reset_counts(self) -> None:
+        for names in self.counts.values():
+            names.clear()
+
+    def coverage(self) -> str:
+        """One line for the end of a merge."""
+        purified, plain = len(self.counts["purified"]), len(self.counts["plain"])
+        return f"mergekit-pave: {purified} tensors purified, {plain} merged plainly."
+
     def layer(
         self, model: Hashable, name: str | None, tensor: Tensor, values: Mapping[str, Any]
     ) -> Layer | None:

@@ -73,9 +73,13 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None
             handle.remove()
 
 
-def forward(model: PreTrainedModel, batch: Batch) -> None:
-    """One pass whose outputs nobody wants; ends early when a hook says so."""
-    device = model.device if model.device.type != "meta" else torch.device("cpu")
+def forward(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> None:
+    """One pass whose outputs nobody wants; ends early when a hook says so.
+
+    Inputs go to `device`, by default the model's; accelerate moves those of an offloaded one.
+    """
+    if device is None:
+        device = model.device if model.device.type != "meta" else torch.device("cpu")
     inputs = {
         key: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for key, value in batch.items()
@@ -90,9 +94,14 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 def plan_sites(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], batch: Batch
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    batch: Batch | None,
+    device: torch.device | None = None,
 ) -> list[SitePlan]:
     """Find the sites, in the order of the forward pass, by running it once.
+
+    Without a batch no pass is made and every layer is a site of its own.
 
     Layers share a site when they are handed the *same tensor object* one after the other.
     The tensor is held while it is compared: its address alone may be reused.
@@ -110,8 +119,9 @@ def plan_sites(
                 groups.append([name])
         last[:] = [x]
 
-    with watching(modules, see):
-        forward(model, batch)
+    if batch is not None:
+        with watching(modules, see):
+            forward(model, batch, device)
     plans = []
     for group in groups:
         # A layer that runs several times per pass reads several tensors: it shares with none.

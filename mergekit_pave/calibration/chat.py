@@ -1,0 +1,67 @@
+"""Chat rows: the two common layouts in, one list of `{role, content}` out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergekit_pave.errors import PaveError
+
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "function",
+    "ipython": "ipython",
+}
+
+
+def normalise(messages: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """`[{role, content}]` from that form or from ShareGPT's `[{from, value}]`.
+
+    Other keys (tool calls, names, reasoning) stay for the template to use, unless null:
+    Arrow fills the keys that other messages have.
+    """
+    return [_message(message, messages, column) for message in messages]
+
+
+def _message(message: dict[str, Any], messages: list[Any], column: str) -> dict[str, Any]:
+    role = message.get("role") or message.get("from")
+    content = message["content"] if "content" in message else message.get("value")
+    if isinstance(content, list) and all(_is_text_part(part) for part in content):
+        content = "\n".join(part["text"] for part in content)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if role not in _ROLES or not isinstance(content, str):
+        problem = f"the role {role!r}" if role not in _ROLES else "content that is not text"
+        raise PaveError(
+            f"text_column {column!r} has a message with {problem}; rows must look like "
+            "[{'role': 'user', 'content': str}, ...] and this one is "
+            f"{shape(messages)}.")
+    extras = {
+        key: value for key, value in message.items()
+        if value is not None and key not in ("role", "content", "from", "value")}
+    return {"role": _ROLES[role], "content": content, **extras}
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(
+        part.get("text"), str)
+
+
+def shape(value: Any, depth: int = 3) -> str:
+    """Keys and types of a value, and never its text: `[{'role': str, ...}, ... 4 in all]`."""
+    if isinstance(value, dict) and depth:
+        return "{" + ", ".join(f"{k!r}: {shape(v, depth - 1)}" for k, v in value.items()) + "}"
+    if isinstance(value, list) and value and depth:
+        rest = f", ... {len(value)} in all" if len(value) > 1 else ""
+        return f"[{shape(value[0], depth - 1)}{rest}]"
+    return type(value).__name__
