@@ -94,7 +94,8 @@ def make_family(folder: Path, kind: str, experts: int = 2, seed: int = 0, dtype=
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 scale = torch.logspace(0.5, -0.5, parameter.shape[1])
-                parameter.mul_(4 * scale)
+                # T5 does not scale its attention scores: larger weights would saturate them.
+                parameter.mul_(scale if kind == "t5" else 4 * scale)
     paths = {"base": folder / "base"}
     _save(model, paths["base"], kind, dtype, **save)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}

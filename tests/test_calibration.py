@@ -1,0 +1,241 @@
+"""Covariances against an independent computation, and what they must not depend on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import CLASSES, make_family, write_texts, write_tokenizer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_pave.calibration import run as calibration_run
+from mergekit_pave.calibration.collect import SitePlan, plan_sites, windows
+from mergekit_pave.calibration.data import CalibrationSpec, load_samples
+from mergekit_pave.calibration.model import ModelSource, linear_layers, load_model
+from mergekit_pave.calibration.run import Resources, cached_store, calibrate_to
+from mergekit_pave.errors import PaveError
+from mergekit_pave.store import MANIFEST
+
+
+def source_of(path: Path) -> ModelSource:
+    return ModelSource(str(path), path.name, str(path))
+
+
+def spec_of(data: Path, **changes) -> CalibrationSpec:
+    return CalibrationSpec(**{"dataset": str(data), "num_samples": 40, **changes})
+
+
+def reference(path: Path, kind: str, spec: CalibrationSpec) -> dict[str, torch.Tensor]:
+    """Second moments by weight name, float64, one unpadded sequence at a time, by plain hooks."""
+    model = getattr(transformers, CLASSES[kind]).from_pretrained(path, dtype=torch.float64)
+    samples = load_samples(spec, path, model.config)
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def keep(name):
+        def hook(module, args):
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            sums[name] = sums.get(name, 0) + rows.T @ rows
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            module.register_forward_pre_hook(keep(f"{name}.weight"))
+    model.eval()
+    with torch.no_grad():
+        for item in samples.items:
+            inputs = {key: value[None] for key, value in item.items()}
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].double()
+            model(**inputs)
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+def worst(store, expected: dict[str, torch.Tensor]) -> float:
+    """Largest relative error over all weights of the store."""
+    return max(
+        ((store.covariance(w.site).double() - expected[name]).norm() / expected[name].norm()).item()
+        for name, w in store.weights.items()
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta", "deberta", "gpt2", "t5", "bert"])
+def test_covariances_match_one_sequence_at_a_time(families, texts, tmp_path, kind):
+    path, spec = families(kind)["expert0"], spec_of(texts[0])
+    store = calibrate_to(source_of(path), spec, tmp_path / "store", Resources())
+    assert worst(store, reference(path, kind, spec)) < 1e-5
+    assert not [r for r in store.skipped.values() if r.startswith("its input")]
+
+
+def test_image_models_match_too(families, tmp_path):
+    from conftest import write_images
+
+    spec = spec_of(write_images(tmp_path / "images"), text_column="image")
+    path = families("vit")["expert0"]
+    store = calibrate_to(source_of(path), spec, tmp_path / "store", Resources())
+    assert worst(store, reference(path, "vit", spec)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, resources",
+    [
+        ({"batch_size": 1}, Resources()),
+        ({"batch_size": 16}, Resources()),
+        ({}, Resources(statistics_memory=1)),  # one site per window
+        ({}, Resources(statistics_memory=3 * 4 * 32**2)),
+        ({}, Resources(max_memory=20_000)),  # most weights stay on disk
+        ({}, Resources(max_memory=20_000, statistics_memory=1)),
+    ],
+)
+def test_batches_windows_and_offload_change_nothing(families, texts, tmp_path, changes, resources):
+    path = families("llama")["expert0"]
+    spec = spec_of(texts[0], **changes)
+    store = calibrate_to(source_of(path), spec, tmp_path / "store", resources)
+    assert worst(store, reference(path, "llama", spec)) < 1e-5
+
+
+def test_disk_offload_reads_the_shards_in_place(families):
+    path = families("llama")["expert0"]
+    model = load_model(source_of(path), device=torch.device("cpu"), max_memory=20_000)
+    assert "disk" in set(model.hf_device_map.values())
+    assert any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_changes_nothing(tmp_path, texts, side):
+    path = make_family(tmp_path, "llama", experts=1)["expert0"]
+    write_tokenizer(path, padding_side=side)
+    spec = spec_of(texts[0], batch_size=16)
+    store = calibrate_to(source_of(path), spec, tmp_path / "store", Resources())
+    assert worst(store, reference(path, "llama", spec)) < 1e-5
+
+
+def test_layers_that_read_one_tensor_share_a_covariance(families, texts, tmp_path):
+    path = families("llama")["expert0"]
+    store = calibrate_to(source_of(path), spec_of(texts[0]), tmp_path / "s", Resources())
+    attention = "model.layers.0.self_attn."
+    sites = {store.weights[f"{attention}{x}_proj.weight"].site for x in "qkv"}
+    assert sites == {f"{attention}q_proj.weight"}
+    assert store.weights[f"{attention}o_proj.weight"].site not in sites
+    assert len(store.sites) == 8 and len(store.weights) == 14
+    assert store.skipped == {"lm_head.weight": "vocabulary layer"}
+
+
+def test_unreached_and_repeated_layers_do_not_share():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(3, 3, bias=False) for _ in range(3))
+            self.device, self.dtype, self.config = torch.device("cpu"), torch.float32, None
+
+        def forward(self, x):
+            return self.a(x) + self.b(x) + self.a(self.b(x) + 1)
+
+    model = Odd()
+    modules = {"a": model.a, "b": model.b, "c": model.c}
+    sites = plan_sites(model, modules, {"x": torch.ones(2, 3)})
+    assert {(s.weights, s.calls) for s in sites} == {(("a",), 2), (("b",), 2), (("c",), 0)}
+
+
+def test_windows_fit_the_budget():
+    sites = [SitePlan((str(i),), width, 1) for i, width in enumerate([4, 4, 8, 2, 2])]
+    assert [[s.width for s in w] for w in windows(sites, 4 * 32)] == [[4, 4], [8], [2, 2]]
+    assert windows([], 10) == []
+
+
+def test_cache_is_addressed_by_content(families, texts, tmp_path, monkeypatch):
+    paths = families("llama")
+    calls = []
+    real = calibration_run.calibrate
+    monkeypatch.setattr(calibration_run, "calibrate", lambda *a: calls.append(a) or real(*a))
+
+    def folder(path, **changes):
+        return cached_store(source_of(path), spec_of(texts[0], **changes), Resources()).folder
+
+    first = folder(paths["expert0"])
+    assert folder(paths["expert0"], batch_size=2) == first and len(calls) == 1
+    assert folder(paths["expert1"]) != first
+    assert folder(paths["expert0"], seed=1) != first
+    assert folder(paths["expert0"], num_samples=10) != first
+    copy = tmp_path / "moved"
+    transformers.AutoModelForCausalLM.from_pretrained(paths["expert0"]).save_pretrained(copy)
+    write_tokenizer(copy)
+    assert folder(copy) == first and len(calls) == 4
+
+
+def test_an_interrupted_calibration_is_resumed(families, texts, tmp_path, monkeypatch):
+    source, spec = source_of(families("llama")["expert0"]), spec_of(texts[0])
+    whole = calibrate_to(source, spec, tmp_path / "whole", Resources(statistics_memory=1))
+    real, done = calibration_run.collect_window, []
+
+    def interrupted(*args):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(args[2][0].name)
+        return real(*args)
+
+    monkeypatch.setattr(calibration_run, "collect_window", interrupted)
+    folder, resources = tmp_path / "part", Resources(statistics_memory=1)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_to(source, spec, folder, resources)
+    assert not (folder / MANIFEST).exists()
+    monkeypatch.setattr(calibration_run, "collect_window", lambda *a: done.append(a) or real(*a))
+    store = calibrate_to(source, spec, folder, resources)
+    assert len(done) == len(store.sites) == 8
+    for site in whole.sites:
+        assert torch.equal(whole.covariance(site), store.covariance(site))
+
+
+def test_a_folder_of_another_calibration_is_refused(families, texts, tmp_path, monkeypatch):
+    source = source_of(families("llama")["expert0"])
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(calibration_run, "collect_window", stop)
+        calibrate_to(source, spec_of(texts[0]), tmp_path / "s", Resources())
+    with pytest.raises(PaveError, match="unfinished calibration of another model or other data"):
+        calibrate_to(source, spec_of(texts[1]), tmp_path / "s", Resources())
+    calibrate_to(source, spec_of(texts[0]), tmp_path / "s", Resources())
+    with pytest.raises(PaveError, match="already holds a covariance store"):
+        calibrate_to(source, spec_of(texts[0]), tmp_path / "s", Resources())
+
+
+def test_the_manifest_says_what_was_done_and_no_path(families, texts, tmp_path):
+    path = families("llama")["expert0"]
+    store = calibrate_to(source_of(path), spec_of(texts[0]), tmp_path / "s", Resources())
+    manifest = json.loads((store.folder / MANIFEST).read_text())
+    assert manifest["data"]["tokens"] == store.sites["model.layers.0.mlp.down_proj.weight"].count
+    assert manifest["model"]["id"] == "expert0"
+    for file in store.folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+        assert str(path.parent).encode() not in file.read_bytes()
+
+
+def test_heads_and_vocabulary_are_left_out(families):
+    for kind, left_out in {
+        "roberta": {"classifier.dense.weight", "classifier.out_proj.weight"},
+        "gpt2": {"lm_head.weight"},
+        "bert": set(),
+        "vit": {"classifier.weight"},
+    }.items():
+        path = families(kind)["base"]
+        model = getattr(transformers, CLASSES[kind]).from_pretrained(path)
+        assert set(linear_layers(model).skipped) == left_out
+
+
+def test_half_precision_checkpoints_are_recognised(tmp_path):
+    data = write_texts(tmp_path / "t.jsonl")
+    for dtype in (torch.bfloat16, torch.float16):
+        folder = tmp_path / str(dtype)
+        path = make_family(folder, "llama", experts=1, dtype=dtype)["expert0"]
+        source = source_of(path)
+        store = cached_store(source, spec_of(data), Resources())
+        found = {store.find(name, tensor) for name, tensor in source.tensors()} - {None}
+        assert found == set(store.weights)
