@@ -6,6 +6,7 @@ The only module that knows mergekit's merge-method interface. Purification itsel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ from mergekit_pave.statistics import Layer, Statistics
 
 PREFIX = "pave_"
 PAPER = "https://arxiv.org/abs/2510.14697"
+# What mergekit's planner calls a run of layers, before it comes to single tensors.
+_WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class PaveMerge(GroupMergeMethod):
 
     def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        # mergekit keeps its loading options per thread; this runs on the planning one.
-        self.statistics.remember_loader_options()
+        if group_name and _WHOLE_SLICE.search(group_name):
+            self.statistics.prepare(input_ids)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         own = {name: parameters.pop(name) for name in PARAMETERS}

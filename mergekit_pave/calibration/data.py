@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import PreTrainedConfig
 
 from mergekit_pave.calibration.encode import ImageEncoder, SkipRow, TextEncoder
 from mergekit_pave.calibration.limits import main_input
+from mergekit_pave.calibration.processors import load_image_processor, load_tokenizer
 from mergekit_pave.calibration.rows import TOKENS, CalibrationSpec, Rows, open_rows
 from mergekit_pave.calibration.sources import local_path
 from mergekit_pave.errors import PaveError
@@ -119,7 +119,7 @@ def _encoder(
         return _image_encoder(rows, model, config, loading)
     tokenizer = None
     if rows.columns[0] != TOKENS:
-        tokenizer = _load_tokenizer(model, loading)
+        tokenizer = load_tokenizer(model, loading)
     return TextEncoder(tokenizer, config, rows.columns, rows.spec.max_seq_length, model)
 
 
@@ -130,46 +130,8 @@ def _image_encoder(
         raise PaveError(
             f"{model} takes images, but text_column names {len(rows.columns)} columns; name the "
             "one that holds images.")
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise PaveError(
-            f"the calibration data of {model} are images, which need Pillow; run "
-            "`pip install mergekit-pave[vision]`.") from error
-    try:
-        processor = AutoImageProcessor.from_pretrained(model, **loading)
-    except Exception as error:
-        raise PaveError(
-            f"text_column {rows.columns[0]!r} holds images, but no image processor could be "
-            f"loaded for {model} ({_first_line(error)}); copy its preprocessor_config.json "
-            "there, or name text data.") from error
+    processor = load_image_processor(model, rows.columns[0], loading)
     return ImageEncoder(processor, config, rows.columns[0], rows.folder, model)
-
-
-def _load_tokenizer(model: str, loading: dict[str, Any]) -> Any:
-    mend = "copy tokenizer.json and tokenizer_config.json there from the model it was made from"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **loading)
-    except Exception as error:
-        raise PaveError(
-            f"no tokenizer could be loaded for {model} ({_first_line(error)}); {mend}."
-        ) from error
-    # Without files transformers returns an empty tokenizer, which maps every text to `unk`.
-    names = set((getattr(type(tokenizer), "vocab_files_names", None) or {}).values())
-    where = {key: loading[key] for key in ("revision", "cache_dir")}
-    if names and not any(
-        cached_file(
-            model, name, **where, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False)
-        for name in sorted(names | {"tokenizer.json", "tokenizer.model", "tekken.json"})
-    ):
-        raise PaveError(f"{model} has no tokenizer files; {mend}.")
-    return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().split("\n")
-    return lines[0].strip().rstrip(".:") or type(error).__name__
 
 
 def _encode(

@@ -99,7 +99,8 @@ class TextEncoder:
         if isinstance(value, list) and value:
             if all(type(token) is int for token in value):
                 return {"input_ids": self._kept(value, mask if column == TOKENS else None)}
-            if all(isinstance(message, dict) for message in value) and self.tokenizer:
+            chat = all(isinstance(message, dict) for message in value)
+            if chat and self.tokenizer is not None:
                 return self._chat(value, column)
         unread = isinstance(value, (dict, list)) or (
             # A chat that was stored as a JSON string is not prose.
@@ -165,12 +166,13 @@ class TextEncoder:
             **({"text_target": text} if target else {"text": text, "text_pair": pair}),
             add_special_tokens=add_special_tokens, padding=False,
             truncation=True, max_length=self.limit)
-        ids = list(encoded["input_ids"])
+        # A limit below the special tokens of a pair is one that tokenizers pass over.
+        ids = encoded["input_ids"][: self.limit]
         if set(ids) <= set(self.tokenizer.all_special_ids):
             raise SkipRow("no token that the tokenizer knows")
         inputs = {"input_ids": ids}
         if self._takes_token_types and "token_type_ids" in encoded:
-            inputs["token_type_ids"] = list(encoded["token_type_ids"])
+            inputs["token_type_ids"] = encoded["token_type_ids"][: self.limit]
         return inputs
 
     def _shift(self, target: list[int]) -> list[int]:
@@ -209,7 +211,10 @@ class ImageEncoder:
     def __call__(self, row: dict[str, Any]) -> dict[str, Tensor]:
         mode = "L" if getattr(self.config, "num_channels", 3) == 1 else "RGB"
         image = self._open(row[self.column]).convert(mode)
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        try:
+            pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        except ValueError as error:  # such as an image one pixel wide
+            raise SkipRow(f"refused by the image processor ({error})") from error
         if pixels.dim() != 4 or len(pixels) != 1:
             raise PaveError(
                 f"the image processor of {self.model} cuts an image into {tuple(pixels.shape)}, "

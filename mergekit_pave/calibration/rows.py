@@ -10,7 +10,7 @@ import logging
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def open_rows(spec: CalibrationSpec) -> Rows:
     path = local_path(spec.dataset)
     folder = None if path is None else path if path.is_dir() else path.parent
     image = len(columns) == 1 and _is_image(features.get(columns[0]))
-    return Rows(replace(spec), data, columns, image, folder)
+    return Rows(spec, data, columns, image, folder)
 
 
 def _header(data: Any, spec: CalibrationSpec) -> tuple[list[str], dict[str, Any]]:

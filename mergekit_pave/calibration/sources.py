@@ -42,7 +42,7 @@ _SENTENCES = (
     (r"is a gated dataset",
      "{where} is gated on the Hub; accept its terms there and log in (`hf auth login`), "
      f"or name {LOCAL_FILE}."),
-    (r"scripts are no longer supported",
+    (r"scripts are no longer supported|execute the dataset script|contains custom code",
      "{where} is a dataset script, which `datasets` no longer runs; convert it to Parquet "
      f"(many Hub datasets have a `refs/convert/parquet` branch), or name {LOCAL_FILE}."),
     (r"Config name is missing.*?available configs: (?P<list>\[.*?\])",
@@ -64,7 +64,7 @@ _SENTENCES = (
     (r"DatasetNotFoundError|HFValidationError|RepositoryNotFound",
      "{where} is neither a file or folder here nor a dataset you can read on the Hub; check "
      f"the spelling and your login, or name {LOCAL_FILE}."),
-    (r"install 'Pillow'|No module named 'PIL",
+    (r"install 'Pillow'|ModuleNotFoundError: [^\n]*\bPIL\b",
      "{where} holds images, which need Pillow; run `pip install mergekit-pave[vision]`."),
     (r"EmptyDatasetError|DataFilesNotFoundError",
      "{where} has no data files; put .jsonl, .json, .csv, .parquet, .txt or image files there."),
@@ -73,7 +73,7 @@ _SENTENCES = (
 _VAGUE = (
     (r"corresponds to no data|StopIteration|SchemaInferenceError|EmptyDataError",
      "{where} has no rows in split {split!r}; name data that has some."),
-    (r"DatasetGenerationCastError",
+    (r"DatasetGenerationCastError|Schema at index",
      "{where} has files with different columns; name one file, or give them equal columns."),
 )
 

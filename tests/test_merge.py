@@ -1,0 +1,409 @@
+"""Merges through mergekit's own `run_merge`: exactness, equivalence and input kinds."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import CLASSES, make_family, write_images, write_texts, write_tokenizer
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.merge_methods import TensorGroup, get, merge_tensors, registered_methods
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+from test_calibration import reference, source_of, spec_of
+
+import mergekit_pave
+from mergekit_pave import statistics
+from mergekit_pave.calibration import run as calibration_run
+from mergekit_pave.errors import PaveError
+from mergekit_pave.method import PaveMerge
+
+METHODS = ["task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
+           "breadcrumbs_ties", "della", "della_linear", "sce"]
+OPTIONS = dict(quiet=True, copy_tokenizer=False, write_model_card=False)
+
+
+def merge(config: dict, out: Path, **options) -> dict[str, torch.Tensor]:
+    """Run a merge and return the tensors it wrote."""
+    text = yaml.safe_dump(config)
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(out),
+              MergeOptions(**{**OPTIONS, "random_seed": 0, **options}), config_source=text)
+    return tensors_of(out)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def config_of(paths: dict, method: str, data: list[Path], experts: int = 2, **shared) -> dict:
+    parameters = {"weight": 0.7}
+    if not method.endswith(("task_arithmetic", "sce")):
+        parameters["density"] = 0.6
+    if method.endswith("sce"):
+        parameters = {}
+    models = []
+    for i in range(experts):
+        own = {"calibration_dataset": str(data[i % len(data)])} if method[:5] == "pave_" else {}
+        models.append({"model": str(paths[f"expert{i}"]), "parameters": {**parameters, **own}})
+    return {"merge_method": method, "base_model": str(paths["base"]), "models": models,
+            "parameters": shared, "dtype": "float32"}
+
+
+def papers_formula(weight: torch.Tensor, covariance: torch.Tensor, ratio: float) -> torch.Tensor:
+    """`SVD_r(W C_e) C_e^-1` in float64, as the paper writes it."""
+    w, c = weight.double(), covariance.double()
+    c = c + 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+    u, s, v = torch.linalg.svd(w @ c, full_matrices=False)
+    keep = len(s) - int((1 - ratio) * len(s) + 0.5 + 1e-9)
+    return (u[:, :keep] * s[:keep]) @ v[:keep] @ torch.linalg.inv(c)
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta", "deberta", "gpt2", "t5", "vit"])
+def test_one_model_alone_becomes_the_papers_purified_model(families, texts, tmp_path, kind):
+    paths = families(kind)
+    data, spec = texts[0], spec_of(texts[0])
+    if kind == "vit":
+        data = write_images(tmp_path / "images")
+        spec = spec_of(data, text_column="image")
+    config = config_of(paths, "pave_task_arithmetic", [data], experts=1, rank_ratio=0.9)
+    config["models"][0]["parameters"].update(weight=1.0, num_calibration_samples=40)
+    merged = merge(config, tmp_path / "out")
+    expert = tensors_of(paths["expert0"])
+    model = getattr(transformers, CLASSES[kind]).from_pretrained(tmp_path / "out")
+    state = model.state_dict()
+    before = getattr(transformers, CLASSES[kind]).from_pretrained(paths["expert0"]).state_dict()
+    covariances = reference(paths["expert0"], kind, spec)
+    transposed = kind == "gpt2"
+    checked = 0
+    for name, c in covariances.items():
+        if any(part in name for part in ("lm_head", "classifier", "pooler")):
+            assert torch.allclose(state[name], before[name], atol=1e-6)
+            continue
+        w = before[name].T if transposed else before[name]
+        expected = papers_formula(w, c, 0.9)
+        expected = expected.T if transposed else expected
+        removed = (before[name] - expected).norm()
+        assert removed > 1e-3 * before[name].norm()
+        assert (state[name] - expected).norm() <= 1e-4 * removed, name
+        checked += 1
+    assert checked >= 8
+    assert merged.keys() == expert.keys() or kind in ("vit", "gpt2", "t5")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ratio_one_is_bit_for_bit_the_plain_method(families, texts, tmp_path, method, monkeypatch):
+    monkeypatch.setattr(statistics, "cached_store", None)  # calibrating would fail
+    paths = families("llama")
+    plain = merge(config_of(paths, method, texts), tmp_path / "plain")
+    ours = merge(config_of(paths, "pave_" + method, texts, rank_ratio=1.0), tmp_path / "pave")
+    assert plain.keys() == ours.keys()
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_the_purified_models(families, texts, tmp_path, method):
+    """`pave_x` is `x` applied to models purified beforehand, one by one."""
+    paths = dict(families("llama"))
+    shared = {"rank_ratio": 0.8, "rank_allocation": "uniform"}
+    ours = merge(config_of(paths, "pave_" + method, texts, **shared), tmp_path / "ours")
+    purified = {"base": paths["base"]}
+    for i in range(2):
+        alone = config_of({"base": paths["base"], "expert0": paths[f"expert{i}"]},
+                          "pave_task_arithmetic", [texts[i]], experts=1, **shared)
+        alone["models"][0]["parameters"]["weight"] = 1.0
+        purified[f"expert{i}"] = tmp_path / f"purified{i}"
+        merge(alone, purified[f"expert{i}"])
+    plain = merge(config_of(purified, method, texts), tmp_path / "plain")
+    untouched = merge(config_of(paths, method, texts), tmp_path / "untouched")
+    name = "model.layers.1.mlp.up_proj.weight"
+    # A threshold may flip for single entries, whose task vector differs by rounding.
+    assert ((ours[name] - plain[name]).abs() > 1e-4).float().mean() < 0.01
+    assert (ours[name] - untouched[name]).norm() > 0.05 * untouched[name].norm()
+    for other in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(ours[other], untouched[other])
+
+
+def test_all_methods_that_need_a_base_have_a_twin():
+    names = mergekit_pave.register()
+    assert {"pave_" + m for m in METHODS} <= set(names)
+    assert names == mergekit_pave.register()
+    for method in registered_methods():
+        if isinstance(method, PaveMerge):
+            assert method.inner.spec.contract == method.spec.contract
+            assert method.spec.reference_url == "https://arxiv.org/abs/2510.14697"
+
+
+def test_changing_anything_but_the_data_never_recalibrates(
+    families, texts, tmp_path, monkeypatch
+):
+    paths = families("llama")
+    first = merge(config_of(paths, "pave_ties", texts, rank_ratio=0.8), tmp_path / "0")
+    monkeypatch.setattr(calibration_run, "load_model", None)
+    monkeypatch.setattr(mergekit_pave.plugin.shared_statistics(), "_stores", {})
+    for i, (method, shared) in enumerate([
+        ("pave_ties", {"rank_ratio": 0.9}),
+        ("pave_ties", {"dampening_frac": 0.5}),
+        ("pave_ties", {"regularization": 0.5}),
+        ("pave_ties", {"lambda": 0.3}),
+        ("pave_dare_ties", {"rank_allocation": "uniform"}),
+    ]):
+        other = merge(config_of(paths, method, texts, **shared), tmp_path / f"o{i}")
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert not torch.equal(first[name], other[name])
+
+
+def test_half_precision_is_purified_in_float32_and_cast_once(texts, tmp_path):
+    paths = make_family(tmp_path, "llama", dtype=torch.bfloat16)
+    config = config_of(paths, "pave_ties", texts, rank_ratio=0.9)
+    wide = merge({**config, "dtype": "float32", "out_dtype": "bfloat16"}, tmp_path / "wide")
+    half = merge({**config, "dtype": "bfloat16"}, tmp_path / "half")
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert half[name].dtype == wide[name].dtype == torch.bfloat16
+    assert torch.equal(half[name], wide[name])
+
+
+@pytest.mark.parametrize("save, options", [
+    ({"max_shard_size": "20KB"}, {}),
+    ({}, {"low_cpu_memory": True}),
+    ({}, {"async_write": True, "write_threads": 2}),
+    ({}, {"lazy_unpickle": True}),
+    ({}, {"out_shard_size": 2_000}),
+    ("bin", {}),
+    ("bin", {"lazy_unpickle": True}),
+])
+def test_checkpoint_kinds_and_options_change_nothing(texts, tmp_path, save, options):
+    expected = merge(
+        config_of(make_family(tmp_path / "a", "llama"), "pave_ties", texts, rank_ratio=0.9),
+        tmp_path / "expected")
+    paths = make_family(tmp_path / "b", "llama", **(save if save != "bin" else {}))
+    if save == "bin":
+        for path in paths.values():
+            torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+            (path / "model.safetensors").unlink()
+    found = merge(config_of(paths, "pave_ties", texts, rank_ratio=0.9), tmp_path / "f", **options)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_an_adapter_is_merged_and_purified(families, texts, tmp_path):
+    import peft
+
+    paths = families("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths["base"])
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    config = config_of({**paths, "expert0": f"{paths['base']}+{tmp_path / 'adapter'}"},
+                       "pave_task_arithmetic", texts, experts=1, rank_ratio=0.8)
+    with pytest.raises(PaveError, match="--lora-merge-cache DIR"):
+        merge(config, tmp_path / "refused")
+    cache = str(tmp_path / "loras")
+    merged = merge(config, tmp_path / "out", lora_merge_cache=cache)
+    base = tensors_of(paths["base"])
+    changed = {name.split(".")[-2] for name in base if not torch.equal(base[name], merged[name])}
+    # Layers the adapter never touched have no task vector, hence nothing to purify.
+    assert changed == {"q_proj", "up_proj"}
+    plain = merge({**config, "parameters": {"rank_ratio": 1.0}}, tmp_path / "plain",
+                  lora_merge_cache=cache)
+    assert not torch.equal(merged["model.layers.0.mlp.up_proj.weight"],
+                           plain["model.layers.0.mlp.up_proj.weight"])
+
+
+def _slices(config: dict, first: int, last: int) -> dict:
+    sources = [{**m, "layer_range": [first, last]} for m in config.pop("models")]
+    sources.append({"model": config["base_model"], "layer_range": [first, last]})
+    return {**config, "slices": [{"sources": sources}]}
+
+
+def test_slices_find_their_own_layers(families, texts, tmp_path):
+    paths = families("llama")
+    config = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
+    whole = merge(dict(config), tmp_path / "whole")
+    sliced = merge(_slices(dict(config), 0, 2), tmp_path / "sliced")
+    assert all(torch.equal(whole[name], sliced[name]) for name in whole)
+    # Output layer 0 is layer 1 of every source: its name says 0, its values say 1.
+    second = merge(_slices(dict(config), 1, 2), tmp_path / "second")
+    for name in second:
+        assert torch.equal(second[name], whole[name.replace("layers.0.", "layers.1.")]), name
+
+
+def test_tokenizer_settings_leave_the_layers_alone(families, texts, tmp_path):
+    paths = families("llama")
+    config = config_of(paths, "pave_ties", texts, rank_ratio=0.9)
+    plain = merge(config, tmp_path / "plain")
+    with_tokenizer = merge({**config, "tokenizer": {"source": "base"}}, tmp_path / "tokenizer")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(plain[name], with_tokenizer[name])
+
+
+def test_filters_choose_the_ratio_by_tensor(families, texts, tmp_path):
+    paths = families("llama")
+    ratio = [{"filter": "mlp", "value": 1.0}, {"value": 0.8}]
+    some = merge(config_of(paths, "pave_ties", texts, rank_ratio=ratio), tmp_path / "some")
+    every = merge(config_of(paths, "pave_ties", texts, rank_ratio=0.8), tmp_path / "every")
+    plain = merge(config_of(paths, "ties", texts), tmp_path / "plain")
+    for name in plain:
+        assert torch.equal(some[name], (plain if "mlp" in name else every)[name])
+
+
+@pytest.mark.parametrize("subspace", ["svd", "random"])
+def test_ablations_need_no_data(families, texts, tmp_path, subspace, monkeypatch):
+    monkeypatch.setattr(statistics, "cached_store", None)
+    paths = families("gpt2")
+    config = config_of(paths, "pave_task_arithmetic", texts, experts=1, rank_ratio=0.75,
+                       subspace=subspace)
+    config["models"][0]["parameters"] = {"weight": 1.0}
+    merged, expert = merge(config, tmp_path / "out"), tensors_of(paths["expert0"])
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert torch.linalg.matrix_rank(merged[name].double(), rtol=1e-5) == 24
+    gone = (expert[name] - merged[name]).norm() / expert[name].norm()
+    least = torch.linalg.svdvals(expert[name].double())[-8:].norm() / expert[name].norm()
+    assert gone > 1.5 * least if subspace == "random" else abs(gone - least) < 1e-5
+    again = merge(config, tmp_path / "again")
+    assert all(torch.equal(merged[key], again[key]) for key in merged)
+    assert torch.allclose(merged["transformer.wte.weight"], expert["transformer.wte.weight"],
+                          atol=1e-6)
+
+
+def test_a_layer_equal_to_the_base_stays_the_base(families, texts, tmp_path):
+    paths = dict(families("llama"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths["expert0"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(paths["base"])
+    model.model.layers[0].load_state_dict(base.model.layers[0].state_dict())
+    paths["expert0"] = tmp_path / "frozen"
+    model.save_pretrained(paths["expert0"])
+    write_tokenizer(paths["expert0"])
+    merged = merge(config_of(paths, "pave_task_arithmetic", texts, experts=1, rank_ratio=0.7),
+                   tmp_path / "out")
+    for name, tensor in tensors_of(paths["base"]).items():
+        if tensor.ndim == 2:
+            assert torch.equal(merged[name], tensor) == (".0." in name), name
+
+
+def test_a_model_of_weight_zero_changes_nothing(families, texts, tmp_path):
+    paths = families("llama")
+    config = config_of(paths, "pave_task_arithmetic", texts, rank_ratio=0.8)
+    config["models"][1]["parameters"]["weight"] = 0.0
+    alone = config_of(paths, "pave_task_arithmetic", texts, experts=1, rank_ratio=0.8)
+    two, one = merge(config, tmp_path / "two"), merge(alone, tmp_path / "one")
+    assert all(torch.equal(two[name], one[name]) for name in two)
+
+
+def test_threads_calibrate_once_and_agree(families, texts, tmp_path, monkeypatch):
+    paths = families("llama")
+    calls = []
+    real = calibration_run.calibrate
+    monkeypatch.setattr(calibration_run, "calibrate", lambda *a: calls.append(a) or real(*a))
+    config = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
+    expected = merge(config, tmp_path / "expected")
+    monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "second-cache"))
+    monkeypatch.setattr(mergekit_pave.plugin.shared_statistics(), "_stores", {})
+    calls.clear()
+    sources = {key: tensors_of(path) for key, path in paths.items()}
+    results: dict[str, torch.Tensor] = {}
+
+    def work(name: str) -> None:
+        from mergekit.common import ModelReference
+
+        ids = [ModelReference.model_validate(str(paths[k])) for k in sources]
+        values = {k: {ids[1]: str(texts[0]), ids[2]: str(texts[1])}
+                  for k in ["calibration_dataset"]}
+        results[name] = merge_tensors(
+            [sources[k][name] for k in sources], "pave_ties", ids=ids, base_index=0, name=name,
+            parameters={"weight": 0.7, "density": 0.6, "rank_ratio": 0.8, **values})
+
+    names = [n for n in expected if "layers" in n and expected[n].ndim == 2]
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 2
+    assert all(torch.equal(results[name], expected[name]) for name in names)
+
+
+def test_tensors_in_memory_take_a_store(families, texts, tmp_path):
+    paths = families("llama")
+    store = calibration_run.calibrate_to(
+        source_of(paths["expert0"]), spec_of(texts[0]), tmp_path / "store",
+        calibration_run.Resources())
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, expert = (tensors_of(paths[k])[name] for k in ("base", "expert0"))
+    arguments = dict(method="pave_task_arithmetic", base_index=0, name=name)
+    merged = merge_tensors([base, expert], **arguments, parameters={
+        "weight": 1.0, "rank_ratio": 0.9, "covariance": str(store.folder)})
+    expected = papers_formula(expert, store.covariance(store.weights[name].site), 0.9)
+    assert (merged - expected).norm() < 1e-4 * (expert - expected).norm()
+    with pytest.raises(PaveError, match="cannot be calibrated"):
+        merge_tensors([base, expert], **arguments, parameters={
+            "weight": 1.0, "calibration_dataset": str(texts[0])})
+
+
+def test_spectral_allocation_spends_the_same_budget_otherwise(families, texts, tmp_path):
+    paths = families("llama")
+    name = "model.layers.0.mlp.down_proj.weight"
+    ours = get("pave_task_arithmetic")
+    tensors = {key: tensors_of(path)[name] for key, path in paths.items()}
+    tensors["expert0"] = tensors["expert0"] * torch.logspace(0, -2, 32)[:, None]
+    group = TensorGroup.from_tensors(list(tensors.values()), base_index=0, name=name)
+    ranks = {}
+    for allocation in ("spectral", "uniform"):
+        statistics_ = _FixedStatistics(48)
+        method = PaveMerge(ours.inner, statistics_)
+        own = {"rank_ratio": 0.75, "rank_allocation": allocation, "subspace": "covariance",
+               "dampening_frac": None, "regularization": None}
+        purified = method._purify(group, own, {})
+        ranks[allocation] = [
+            int(torch.linalg.matrix_rank(e.tensor.double(), rtol=1e-7)) for e in purified.non_base]
+    assert ranks["uniform"] == [24, 24]
+    assert sum(ranks["spectral"]) == 48 and ranks["spectral"][0] < 24
+
+
+class _FixedStatistics:
+    """Answers every question with one covariance, the identity."""
+
+    def __init__(self, width: int):
+        self.layer_ = statistics.Layer("fixed", False, lambda: torch.eye(width))
+
+    def layer(self, *args):
+        return self.layer_
+
+    def count(self, *args):
+        pass
+
+
+def test_names_of_an_older_transformers_are_refused(tmp_path):
+    """mergekit would write a ViT without its layers."""
+    paths = make_family(tmp_path, "vit", save_original_format=True)
+    data = write_images(tmp_path / "images")
+    config = config_of(paths, "pave_ties", [data], rank_ratio=0.9)
+    with pytest.raises(PaveError, match="leave 12 weights of .* out .*save_original_format=False"):
+        merge(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    plain = merge(config_of(paths, "ties", [data]), tmp_path / "plain")
+    assert not [name for name in plain if "layer" in name and name.endswith("0.mlp.fc1.weight")]
+
+
+def test_the_card_links_the_paper(families, texts, tmp_path):
+    paths = families("llama")
+    merge(config_of(paths, "pave_ties", texts, rank_ratio=0.9), tmp_path / "out",
+          write_model_card=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "[PAVE-purified TIES](https://arxiv.org/abs/2510.14697)" in card
+
+
+def test_data_may_be_given_once_for_all(families, tmp_path):
+    data = write_texts(tmp_path / "shared.jsonl")
+    paths = families("llama")
+    once = config_of(paths, "pave_ties", [data], rank_ratio=0.9)
+    for model in once["models"]:
+        del model["parameters"]["calibration_dataset"]
+    once["parameters"]["calibration_dataset"] = str(data)
+    each = config_of(paths, "pave_ties", [data], rank_ratio=0.9)
+    a, b = merge(once, tmp_path / "once"), merge(each, tmp_path / "each")
+    assert all(torch.equal(a[name], b[name]) for name in a)
