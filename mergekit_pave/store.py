@@ -62,8 +62,12 @@ def write_atomically(path: Path, write) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise PaveError(f"Cannot write {path}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PaveError(
+            f"Cannot write {path}: {reason}; what is finished is kept, run it again once there "
+            "is room."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,12 +85,15 @@ class StoreWriter:
                 "MERGEKIT_PAVE_CACHE to a folder that can be written."
             ) from error
         self.sites: dict[str, Site] = {}
+        self._next = 0
         for file in sorted(self.folder.glob("covariance-*.safetensors")):
             self.sites.update(_finished_sites(file))
+            self._next = int(file.stem.rpartition("-")[2]) + 1
 
     def add(self, covariances: Mapping[str, tuple[Tensor, int]]) -> None:
         """Write one window: site -> (covariance `(width, width)` float32, rows)."""
-        file = self.folder / f"covariance-{len(self.sites):05d}.safetensors"
+        file = self.folder / f"covariance-{self._next:05d}.safetensors"
+        self._next += 1
         folded = {name: fold(c.cpu()).contiguous() for name, (c, _) in covariances.items()}
         sites = {
             name: Site(c.shape[0], count, file.name, _crc32(folded[name]))
@@ -209,15 +216,23 @@ class CovarianceStore:
 
     def verify(self, tensors: Iterator[tuple[str, Tensor]], model: str) -> None:
         """Raise `PaveError` unless the store was computed for this checkpoint's weights."""
+        anything = False
         for name, tensor in tensors:
-            if tensor.ndim != 2 or not self.namesake(name, tuple(tensor.shape)):
+            if tensor.ndim != 2:
                 continue
-            if self.find(name, tensor) is None:
+            if self.find(name, tensor):
+                anything = True
+            elif self.namesake(name, tuple(tensor.shape)):
                 raise PaveError(
                     f"The covariance store {self.folder} was computed for other weights than "
                     f"those of {model} (first difference: {name}); recalibrate the model, or "
                     "give the store that belongs to it under `covariance`."
                 )
+        if not anything:
+            raise PaveError(
+                f"The covariance store {self.folder} has no weight in common with {model}; "
+                "recalibrate the model, or give the store that belongs to it under `covariance`."
+            )
 
 
 def same_layer(a: str, b: str) -> bool:
