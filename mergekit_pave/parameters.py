@@ -116,3 +116,13 @@ PURIFICATION = (
 
 DEFAULT_DAMPENING = 0.01
 PARAMETERS = {p.name: p for p in (*CALIBRATION, COVARIANCE, *PURIFICATION)}
+
+
+def reference_table() -> str:
+    """The parameters as a Markdown table, as the README shows it."""
+    lines = ["| key | for | default | meaning |", "|---|---|---|---|"]
+    for p in PARAMETERS.values():
+        scope = "each model" if p.per_model else "the merge"
+        default = "-" if p.default is None else f"`{p.default}`"
+        lines.append(f"| `{p.name}` | {scope} | {default} | {p.doc} |")
+    return "\n".join(lines)
