@@ -7,30 +7,36 @@ import sys
 from pathlib import Path
 
 import click
-import yaml
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.parameters import CALIBRATION, Parameter
+from mergekit_pave.plugin import register
+
+# The commands import what is heavy themselves, for the sake of `--help`, and only after
+# `register` has found a mergekit that has it.
 
 
 class _Group(click.Group):
     """Prints one line for what goes wrong; the traceback only with `-v`."""
 
     def invoke(self, ctx: click.Context):
+        verbose = ctx.params.get("verbose")
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            if ctx.params.get("verbose"):
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except click.ClickException:
+            if verbose:
                 logging.getLogger(__name__).error("Traceback:", exc_info=True)
             raise
         except Exception as error:
-            if ctx.params.get("verbose"):
+            if verbose:
                 raise
             text = " ".join(str(error).split()) or type(error).__name__
             raise click.ClickException(f"{text} (run with -v for the traceback)") from error
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens; show tracebacks.")
 @click.version_option(package_name="mergekit-pave")
 def main(verbose: bool) -> None:
@@ -47,11 +53,13 @@ def main(verbose: bool) -> None:
 
 def _calibration_options(command):
     for parameter in reversed(CALIBRATION):
+        # To click a default of None is a value that was given.
+        default = {} if parameter.default is None else {"default": parameter.default}
         command = click.option(
             "--" + parameter.name.removeprefix("calibration_").replace("_", "-"),
             parameter.name,
             type=parameter.kind,
-            default=parameter.default,
+            **default,
             required=parameter.name == "calibration_dataset",
             show_default=parameter.default is not None,
             callback=lambda ctx, option, value, p=parameter: _checked(p, value),
@@ -61,16 +69,20 @@ def _calibration_options(command):
 
 
 def _checked(parameter: Parameter, value):
-    return parameter.validate(value)
+    try:
+        return parameter.validate(value)
+    except PaveError as error:
+        raise click.BadParameter(error.message) from error
 
 
 @main.command()
 @click.argument("model")
 @_calibration_options
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path),
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for the covariance store.")
 @click.option("--device", default="cpu", show_default=True,
-              help="Kind of device for the forward passes: cpu, cuda, auto.")
+              help="Kind of device for the forward passes: cpu, cuda, ..., or auto for the "
+              "accelerator that is there.")
 @click.option("--max-memory", help="Main memory for weights, such as 8GiB; what does not fit is "
               "read from the shards as it is needed.")
 @click.option("--statistics-memory", help="Memory for second moments held at a time, such as "
@@ -87,27 +99,27 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
     run with the same output folder goes on where it stopped.
 
     \b
-    Example:
+    Examples:
+        mergekit-pave calibrate ./my-model --dataset ./task.jsonl -o my-model-covariance
         mergekit-pave calibrate WizardLMTeam/WizardMath-7B-V1.0 --dataset openai/gsm8k \\
             --config main --text-column question,answer -o wizardmath-covariance
     """
-    import torch
-    from mergekit.common import ModelReference
-
+    register()
     from mergekit_pave.calibration.data import CalibrationSpec
     from mergekit_pave.calibration.run import Resources, calibrate_to, parse_bytes
+    from mergekit_pave.check.inputs import model_reference
+    from mergekit_pave.check.models import read_config
     from mergekit_pave.sources import LoaderOptions, model_source
 
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator else "cpu"
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    source = model_source(ModelReference.model_validate(model), options)
     resources = Resources(
-        torch.device(device),
+        _device(device),
         parse_bytes("--max-memory", max_memory),
         parse_bytes("--statistics-memory", statistics_memory),
     )
+    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
+    reference = model_reference(model)
+    read_config(reference, options)
+    source = model_source(reference, options)
     spec = CalibrationSpec.from_parameters(calibration)
     store = calibrate_to(source, spec, output, resources)
     click.echo(
@@ -116,13 +128,34 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
     )
 
 
+def _device(name: str):
+    import torch
+
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return torch.device(here.type if here else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", here.type if here else "cpu"}:
+        usable = f"cpu or {here.type}" if here else "cpu"
+        raise click.BadParameter(
+            f"{name!r} cannot be used here; give {usable}.", param_hint="--device"
+        )
+    return device
+
+
 @main.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--lora-merge-cache", help="As you will give it to mergekit-yaml.")
 @click.option("--transformers-cache", help="As you will give it to mergekit-yaml.")
 @click.option("--trust-remote-code", is_flag=True, help="As you will give it to mergekit-yaml.")
 @click.option("--allow-crimes", is_flag=True, help="As you will give it to mergekit-yaml.")
-def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow_crimes) -> None:
+@click.option("--unsafe-truncate-embeddings", is_flag=True,
+              help="As you will give it to mergekit-yaml.")
+def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow_crimes,
+          unsafe_truncate_embeddings) -> None:
     """Say what is wrong with a merge before anything large is downloaded or run.
 
     Reads the configuration, the models' configs and the calibration data. Exits with 1 when
@@ -132,18 +165,19 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
     Example:
         mergekit-pave check merge.yml
     """
+    register()
+    from mergekit_pave.check import Allowances, read_yaml
     from mergekit_pave.check import check as run_check
     from mergekit_pave.estimate import estimates
-    from mergekit_pave.plugin import register
     from mergekit_pave.sources import LoaderOptions
 
-    register()
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     try:
-        raw = yaml.safe_load(config.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PaveError(f"{config} is not YAML: {' '.join(str(error).split())}") from error
-    findings = run_check(raw, options, allow_crimes=allow_crimes)
+        text = config.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise PaveError(f"{config} is not text in UTF-8: {error.reason}.") from error
+    raw = read_yaml(text, str(config))
+    findings = run_check(raw, options, Allowances(allow_crimes, unsafe_truncate_embeddings))
     for finding in findings:
         click.echo(f"{finding.level}: {finding}", err=True)
     if any(finding.level == "error" for finding in findings):
@@ -156,11 +190,10 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
 @main.command()
 def methods() -> None:
     """List the purified merge methods and the methods they wrap."""
+    names = register()
     from mergekit import merge_methods
 
-    from mergekit_pave.plugin import register
-
-    for name in register():
+    for name in names:
         inner = merge_methods.get(name).inner.spec
         click.echo(f"{name:24} {inner.pretty_name or inner.name}  {inner.reference_url or ''}")
 

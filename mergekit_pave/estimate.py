@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.calibration.collect import SitePlan, plan_sites
 from mergekit_pave.calibration.model import empty_model, linear_layers
-from mergekit_pave.check import calibration_spec, configuration, inputs, read_config
+from mergekit_pave.check.inputs import calibration_spec, configuration, inputs
+from mergekit_pave.check.models import read_config
 from mergekit_pave.sources import LoaderOptions
 
 logger = logging.getLogger(__name__)
@@ -20,29 +24,50 @@ logger = logging.getLogger(__name__)
 def sites_of(config: PretrainedConfig, trust_remote_code: bool = False) -> list[SitePlan]:
     """The sites of a model of that config, from a forward pass without weights.
 
-    Where the pass cannot run on the `meta` device every layer counts as its own site, an
-    upper bound.
+    Where no such pass is possible every layer counts as its own site, an upper bound.
     """
-    model = empty_model(config, trust_remote_code).eval()
+    # Fake tensors tell transformers not to look at values, which `meta` alone does not;
+    # in bfloat16 because some kernels of mixtures of experts are only described for it.
+    model = empty_model(config, trust_remote_code).eval().to("meta", torch.bfloat16)
     modules = linear_layers(model).modules
-    batch = {"input_ids": torch.ones(1, 8, dtype=torch.long, device="meta")}
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = batch["input_ids"]
-    if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        shape = (1, getattr(config, "num_channels", 3), size, size)
-        batch = {"pixel_values": torch.ones(shape, device="meta")}
     try:
-        return plan_sites(model, modules, batch, device=torch.device("meta"))
+        with _quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
+            plan = plan_sites(model, modules, _batch(model), device=torch.device("meta"))
+            return [site for site in plan if site.calls]
     except Exception as error:  # whatever a model's code cannot do without values
         logger.info("No forward pass of %s without weights: %s", type(model).__name__, error)
         return plan_sites(model, modules, None)
 
 
+def _batch(model: PreTrainedModel) -> dict[str, Tensor]:
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": torch.ones(shape, device="meta")}
+    tokens = torch.ones(1, 8, dtype=torch.long, device="meta")
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = tokens
+    return batch
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """torch logs an operation that it cannot fake as an error; here it is an expected end."""
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")
+    before, fakes.disabled = fakes.disabled, True
+    try:
+        yield
+    finally:
+        fakes.disabled = before
+
+
 def estimates(raw: Any, options: LoaderOptions) -> Iterator[str]:
     """One line per model to calibrate: covariances, memory, disk, tokens."""
     for entry in inputs(configuration(raw)):
-        if entry.get("covariance") or not entry.get("calibration_dataset"):
+        if not entry.purified or entry.get("covariance"):
             continue
         sites = sites_of(read_config(entry.model, options), options.trust_remote_code)
         size = sum(site.bytes for site in sites)
@@ -55,4 +80,6 @@ def estimates(raw: Any, options: LoaderOptions) -> Iterator[str]:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    if size < 2**30 / 10:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**30:.1f} GiB"

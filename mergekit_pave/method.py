@@ -103,12 +103,13 @@ class PaveMerge(GroupMergeMethod):
         dtype = group.entries[0].tensor.dtype
         purified = self._purify(group, own, parameters)
         (merged,) = self.inner((purified,), parameters=parameters)
+        merged = merged.to(dtype)
         if purified is not group and not torch.isfinite(merged).all():
             raise PaveError(
                 f"The merge of {group.metadata.name} holds NaN or Inf; lower the weights, or "
                 "set rank_ratio: 1.0 for this tensor with a filter."
             )
-        return merged.to(dtype)
+        return merged
 
     def _purify(
         self, group: TensorGroup, own: Mapping[str, Any], inner: Mapping[str, Any]
@@ -119,6 +120,7 @@ class PaveMerge(GroupMergeMethod):
         if ratio == 1 or len(shape) != 2 or group.metadata.vocabulary_axis is not None:
             self.statistics.count("plain", group.metadata.name)
             return group
+        _check_finite(group.base.tensor, group.base.id, group.metadata.name)
         drop_at_most = allocation.cap(min(shape), ratio)
         participants = [
             _Participant(entry, layer, self._tail(entry, layer, drop_at_most, own, group))
@@ -163,6 +165,8 @@ class PaveMerge(GroupMergeMethod):
     ) -> subspace.Tail:
         weight = _wide(entry.tensor)
         _check_finite(weight, entry.id, group.metadata.name)
+        if weight.device.type == "mps":  # has no float64
+            weight = weight.cpu()
         covariance = None
         if own["subspace"] == "covariance":
             covariance = self._damped(layer, own, weight.device, entry.id)

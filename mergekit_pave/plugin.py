@@ -55,7 +55,12 @@ def _require_mergekit() -> None:
 
 
 def attach(module: ModuleType) -> None:
-    """What the start-up hook calls when one of mergekit's modules has been imported."""
+    """What the start-up hook calls when one of mergekit's modules has been imported.
+
+    Raises:
+        PaveError: the installed mergekit is older than 0.1.5.
+    """
+    _require_mergekit()
     if module.__name__ == "mergekit.merge_methods":
         register()
     elif module.__name__ == "mergekit.merge":
@@ -86,11 +91,12 @@ def _guard(module: ModuleType) -> None:
             options.lora_merge_dtype,
             options.trust_remote_code,
         )
-        warnings = check.preflight(merge_config, config_source, loading, options.allow_crimes)
+        allowed = check.Allowances(options.allow_crimes, options.unsafe_truncate_embeddings)
+        warnings = check.preflight(merge_config, config_source, loading, allowed)
         for warning in warnings:
             logger.warning("%s", warning)
         statistics = shared_statistics()
-        statistics.reset_counts()
+        statistics.reset()
         result = original(merge_config, out_path, options, config_source)
         if not options.quiet:
             print(statistics.coverage(), file=sys.stderr)  # noqa: T201

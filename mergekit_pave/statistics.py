@@ -97,7 +97,11 @@ class Statistics:
     def count(self, what: str, name: str | None) -> None:
         self.counts[what].add(name)
 
-    def reset_counts(self) -> None:
+    def reset(self) -> None:
+        """Begin another merge: between two, models and data may have changed on disk."""
+        with self._lock:
+            self._stores.clear()
+            self._plain.clear()
         for names in self.counts.values():
             names.clear()
 

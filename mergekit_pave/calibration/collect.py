@@ -48,6 +48,10 @@ class SitePlan:
         return 4 * self.width**2
 
 
+class NotFinite(PaveError):
+    """An input of a linear layer holds NaN or Inf."""
+
+
 class _Stop(Exception):
     """Ends a forward pass after the last site of interest."""
 
@@ -158,7 +162,7 @@ def collect_window(
     """Second moments of one window's sites over all batches.
 
     Raises:
-        PaveError: an input holds NaN or Inf.
+        NotFinite: an input holds NaN or Inf.
     """
     moments = {site.name: SecondMoment(site.width) for site in window}
     finite: dict[str, Tensor] = {}
@@ -179,8 +183,8 @@ def collect_window(
             forward(model, batch)
             bad = [name for name, good in finite.items() if not good]
             if bad:
-                raise PaveError(
-                    f"The input of {bad[0].removesuffix('.weight')} holds NaN or Inf in "
+                raise NotFinite(
+                    f"the input of {bad[0].removesuffix('.weight')} holds NaN or Inf in "
                     f"calibration batch {number} ({_shape(batch)}): the model overflows or its "
                     "weights are broken; check that it runs on this data at all."
                 )

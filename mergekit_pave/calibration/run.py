@@ -17,7 +17,13 @@ from accelerate.utils import align_module_device, convert_file_size_to_int
 from filelock import FileLock
 from tqdm import tqdm
 
-from mergekit_pave.calibration.collect import SitePlan, collect_window, plan_sites, windows
+from mergekit_pave.calibration.collect import (
+    NotFinite,
+    SitePlan,
+    collect_window,
+    plan_sites,
+    windows,
+)
 from mergekit_pave.calibration.data import CalibrationSpec, Samples, batches, load_samples
 from mergekit_pave.calibration.model import (
     LinearLayers,
@@ -28,7 +34,14 @@ from mergekit_pave.calibration.model import (
 )
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest, fingerprint
-from mergekit_pave.store import FORMAT, MANIFEST, CovarianceStore, StoreWriter, Weight
+from mergekit_pave.store import (
+    FORMAT,
+    MANIFEST,
+    CovarianceStore,
+    StoreWriter,
+    Weight,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +63,15 @@ class Resources:
 
     @classmethod
     def from_environment(cls, device: torch.device | str = "cpu") -> Resources:
-        """`MERGEKIT_PAVE_MAX_MEMORY` and `MERGEKIT_PAVE_STATISTICS_MEMORY`, such as `8GiB`."""
+        """`MERGEKIT_PAVE_MAX_MEMORY` and `MERGEKIT_PAVE_STATISTICS_MEMORY`, such as `8GiB`.
+
+        A device that cannot tell its free memory (MPS) leaves the forward passes to the CPU.
+        """
+        device = torch.device(device)
+        if device.type != "cpu" and not hasattr(torch.get_device_module(device), "mem_get_info"):
+            device = torch.device("cpu")
         return cls(
-            torch.device(device),
+            device,
             parse_bytes("MERGEKIT_PAVE_MAX_MEMORY", os.environ.get("MERGEKIT_PAVE_MAX_MEMORY")),
             parse_bytes(
                 "MERGEKIT_PAVE_STATISTICS_MEMORY",
@@ -99,7 +118,7 @@ def cached_store(
     folder = cache_folder() / key
     if not (folder / MANIFEST).exists():
         _make(folder.parent)
-        with FileLock(folder.parent / f"{key}.lock"):
+        with _lock(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
                 return calibrate(source, samples, folder, resources, spec.batch_size, model_digest)
     return CovarianceStore(folder)
@@ -136,10 +155,21 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PaveError(
-            f"Cannot create the cache folder {folder} ({error.strerror}); set "
-            "MERGEKIT_PAVE_CACHE to a folder that can be written."
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _lock(path: Path):
+    try:
+        return FileLock(path).acquire()
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> PaveError:
+    return PaveError(
+        f"Cannot write to the folder {folder} ({error.strerror}); name another one with "
+        "--output or, for the cache of merges, with MERGEKIT_PAVE_CACHE."
+    )
 
 
 def calibrate(
@@ -163,9 +193,25 @@ def calibrate(
     label = f"Calibrating {source.label}"
     with tqdm(total=len(todo) * len(work), desc=label, unit="batch") as progress:
         for window in todo:
-            moments = collect_window(model, layers.modules, window, work, progress)
-            writer.add({n: (m.mean, m.count) for n, m in moments.items() if m.count})
+            try:
+                moments = collect_window(model, layers.modules, window, work, progress)
+            except NotFinite as error:
+                raise PaveError(_culprit(source) or f"{source.label}: {error}") from error
+            # A second moment of zeros ranks no direction above another.
+            useful = {n: m for n, m in moments.items() if m.count and m.sum.any()}
+            writer.add({n: (m.mean, m.count) for n, m in useful.items()})
     return _finish(writer, source, samples, layers, sites, model_digest)
+
+
+def _culprit(source: ModelSource) -> str | None:
+    """The sentence about a checkpoint that is broken itself."""
+    for name, tensor in source.tensors():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return (
+                f"{name} of {source.label} holds NaN or Inf; download or save that checkpoint "
+                "again."
+            )
+    return None
 
 
 def _size(batch: dict) -> int:
@@ -176,12 +222,12 @@ def _own(folder: Path, identity: dict[str, Any]) -> None:
     """Mark `folder` as this calibration's, or refuse one that another has begun."""
     _make(folder)
     path = folder / "calibration.json"
-    if path.exists() and json.loads(path.read_text("utf-8")) != identity:
+    if path.exists() and path.read_text("utf-8") != json.dumps(identity):
         raise PaveError(
             f"{folder} holds an unfinished calibration of another model or other data; delete "
             "it or choose another folder."
         )
-    path.write_text(json.dumps(identity), "utf-8")
+    write_atomically(path, lambda file: file.write_text(json.dumps(identity), "utf-8"))
 
 
 def _finish(
@@ -196,7 +242,8 @@ def _finish(
     for site in sites:
         for name in site.weights:
             if site.name not in writer.sites:
-                skipped[name] = "its input was never seen in the forward passes"
+                what = "zero throughout" if site.calls else "never seen in"
+                skipped[name] = f"its input was {what} the forward passes"
                 continue
             module = layers.modules[name]
             with align_module_device(module):
@@ -210,8 +257,8 @@ def _finish(
                 weights[name] = (entry, fingerprint(weight))
     if not weights:
         raise PaveError(
-            f"No linear layer of {source.label} saw an input during calibration; this "
-            "architecture cannot be purified."
+            f"No linear layer of {source.label} saw an input other than zero during "
+            "calibration: it overflows, or its architecture cannot be purified."
         )
     _warn_about(source, writer, skipped)
     about = {

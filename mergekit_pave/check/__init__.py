@@ -1,0 +1,84 @@
+"""Everything that can be known about a merge before a download or a forward pass.
+
+`mergekit-pave check` prints the findings; the stock command stops at the first error.
+mergekit itself ignores unknown keys and reads lists as gradients over the layers.
+
+    keys     the YAML alone: names, places and values of keys
+    inputs   what the merge is made of: base, fine-tunes, slices
+    models   configs, calibration data and covariance stores
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+
+from mergekit_pave.check.finding import Finding
+from mergekit_pave.check.inputs import check_inputs, configuration
+from mergekit_pave.check.keys import check_keys, looks_like_ours, read_yaml
+from mergekit_pave.check.models import Allowances, check_data, check_models
+from mergekit_pave.errors import PaveError
+from mergekit_pave.sources import LoaderOptions
+
+__all__ = ["Allowances", "Finding", "check", "looks_like_ours", "preflight", "read_yaml"]
+
+
+def check(
+    raw: Any, options: LoaderOptions, allowed: Allowances | None = None
+) -> list[Finding]:
+    """All findings for a parsed YAML file; a later stage only runs when the earlier are clean."""
+    allowed = allowed or Allowances()
+    findings: list[Finding] = []
+    stages = (
+        lambda: check_keys(raw),
+        lambda: check_inputs(configuration(raw), options),
+        lambda: check_models(configuration(raw), options, allowed),
+        lambda: check_data(configuration(raw), options),
+    )
+    for stage in stages:
+        try:
+            findings += stage()
+        except PaveError as error:
+            findings.append(Finding("error", "", str(error)))
+        if any(f.level == "error" for f in findings):
+            break
+    return list(dict.fromkeys(findings))
+
+
+def preflight(
+    config: MergeConfiguration,
+    source: str | None,
+    options: LoaderOptions,
+    allowed: Allowances | None = None,
+) -> list[str]:
+    """Refuse a merge that cannot work; return the warnings.
+
+    Args:
+        config: what will be merged.
+        source: the YAML it was read from, which still has the keys that mergekit dropped.
+        options: mergekit's loading options.
+        allowed: mergekit's flags that lift a refusal.
+
+    Raises:
+        PaveError: the first error found.
+    """
+    raw = _as_written(config, source)
+    findings = check(raw, options, allowed)
+    errors = [str(f) for f in findings if f.level == "error"]
+    if errors:
+        more = f" ({len(errors) - 1} more: run `mergekit-pave check`)" if errors[1:] else ""
+        raise PaveError(errors[0] + more)
+    return [str(f) for f in findings]
+
+
+def _as_written(config: MergeConfiguration, source: str | None) -> Any:
+    if source:
+        raw = read_yaml(source)
+        # A caller's source may be a mere label, and planning rewrites `config` in place.
+        try:
+            if configuration(raw) == config:
+                return raw
+        except PaveError:
+            pass
+    return config.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,221 @@
+"""What a merge is made of: its base, its fine-tunes with their parameters, its slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import MergeMethod
+
+from mergekit_pave.calibration.data import CalibrationSpec
+from mergekit_pave.check.finding import Finding, error
+from mergekit_pave.errors import PaveError
+from mergekit_pave.parameters import CALIBRATION, COVARIANCE, PARAMETERS
+from mergekit_pave.sources import LoaderOptions
+
+
+@dataclass(frozen=True)
+class Input:
+    """One fine-tuned model with its parameters, the nearest scope first."""
+
+    model: ModelReference
+    base: ModelReference | None
+    where: str
+    scopes: tuple[Mapping[str, Any], ...]
+
+    def get(self, name: str) -> Any:
+        """The value of a per-model key, or its default."""
+        found = [scope[name] for scope in self.scopes if name in scope]
+        return found[0] if found else PARAMETERS[name].default
+
+    def settings(self, name: str) -> list[tuple[str | None, Any]]:
+        """All values a key can take, each with the filter it needs (`None`: any tensor)."""
+        found: list[tuple[str | None, Any]] = []
+        for scope in self.scopes:
+            if name not in scope:
+                continue
+            value = scope[name]
+            for item in value if isinstance(value, list) else [value]:
+                need = getattr(item, "filter", None)
+                need = None if need == "*" else need
+                item = getattr(item, "value", item)
+                found += [(need, v) for v in (item if isinstance(item, list) else [item])]
+            if any(need is None for need, _ in found):
+                break
+        return found
+
+    def can_be(self, name: str) -> set[Any]:
+        """The values a purification key can take, its default among them when nothing else
+        holds for every tensor."""
+        parameter = PARAMETERS[name]
+        found = self.settings(name)
+        values = {parameter.validate(value) for _, value in found}
+        return values if any(need is None for need, _ in found) else values | {parameter.default}
+
+    @property
+    def purified(self) -> bool:
+        """Whether any tensor needs this model's covariances."""
+        return self.can_be("rank_ratio") != {1} and "covariance" in self.can_be("subspace")
+
+
+def configuration(raw: Any) -> MergeConfiguration:
+    """mergekit's own reading of the YAML, its complaints as one sentence."""
+    try:
+        return MergeConfiguration.model_validate(raw)
+    except (ValueError, RuntimeError) as fault:
+        raise PaveError(f"mergekit cannot read the configuration: {_reason(fault)}.") from fault
+
+
+def model_reference(name: str) -> ModelReference:
+    """mergekit's own reading of a model's name: `MODEL[@REVISION][+ADAPTER]`."""
+    try:
+        return ModelReference.model_validate(name)
+    except (ValueError, RuntimeError) as fault:
+        raise PaveError(f"mergekit cannot read the model's name: {_reason(fault)}.") from fault
+
+
+def _reason(fault: Exception) -> str:
+    details = getattr(fault, "errors", list)()
+    if details:
+        where = ".".join(str(part) for part in details[0]["loc"])
+        return f"{where}: {details[0]['msg']}".lstrip(": ")
+    reason = str(fault)
+    if "@" in reason or "Can't parse" in reason:
+        reason += (
+            " (in a model's name `@` starts a revision and `+` an adapter: rename or link a "
+            "folder that has them in its path)"
+        )
+    return reason
+
+
+def inputs(config: MergeConfiguration) -> list[Input]:
+    """The fine-tuned models of a configuration, once for each set of calibration keys."""
+    found: dict[tuple, Input] = {}
+    for _, base, members in _groups(config):
+        for path, model, scopes in members:
+            if model == base:
+                continue
+            entry = Input(model, base, path, scopes)
+            key = (model, base, *(repr(entry.get(p.name)) for p in (*CALIBRATION, COVARIANCE)))
+            found.setdefault(key, entry)
+    return list(found.values())
+
+
+def calibration_spec(entry: Input) -> CalibrationSpec:
+    """The calibration data of one input, as the method would read it."""
+    values = {p.name: p.validate(entry.get(p.name)) for p in CALIBRATION}
+    return CalibrationSpec.from_parameters(values)
+
+
+_Member = tuple[str, ModelReference, tuple[Mapping[str, Any], ...]]
+
+
+def _groups(
+    config: MergeConfiguration,
+) -> Iterator[tuple[str, ModelReference | None, list[_Member]]]:
+    """What is merged with what: (path, base, [(path, model, its parameter scopes)])."""
+    top = config.parameters
+    parts = [("", config, (top,))]
+    parts += [
+        (f"modules.{name}.", module, (module.parameters, top))
+        for name, module in (config.modules or {}).items()
+    ]
+    for prefix, part, outer in parts:
+        if part.models:
+            where = f"{prefix}models"
+            yield where, config.base_model, list(_members(part.models, where, outer))
+        for i, piece in enumerate(part.slices or []):
+            where = f"{prefix}slices[{i}]"
+            members = _members(piece.sources, f"{where}.sources", (piece.parameters, *outer))
+            yield where, piece.base_model or config.base_model, list(members)
+
+
+def _members(
+    items: Iterable[Any], where: str, outer: tuple[Mapping[str, Any] | None, ...]
+) -> Iterator[_Member]:
+    for i, item in enumerate(items):
+        scopes = tuple(scope for scope in (item.parameters, *outer) if scope)
+        yield f"{where}[{i}]", item.model, scopes
+
+
+def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
+    """Everything about the inputs that needs no look at them."""
+    method = merge_methods.get(config.merge_method)
+    for where, base, members in _groups(config):
+        yield from _check_group(where, base, [model for _, model, _ in members], method)
+    for entry in inputs(config):
+        yield from _check_damping(entry)
+        for spec in method.spec.parameters:
+            if spec.required and not any(spec.name in scope for scope in entry.scopes):
+                yield error(
+                    entry.where, f"{config.merge_method} needs a value for {spec.name}: add "
+                    f"`{spec.name}: VALUE` to `parameters`."
+                )
+        if entry.model.lora and not options.lora_merge_cache:
+            yield error(
+                entry.where, f"{entry.model} names an adapter: add --lora-merge-cache DIR to the "
+                "command (a path with a `+` is read as model plus adapter)."
+            )
+        if entry.purified and not (entry.get("covariance") or entry.get("calibration_dataset")):
+            yield error(
+                entry.where, f"{entry.model} has no calibration data: add "
+                "`calibration_dataset: NAME_OR_FILE` (its own task data) or "
+                "`covariance: STORE` to its parameters."
+            )
+    yield from _check_slices(config)
+
+
+def _check_group(
+    where: str, base: ModelReference | None, models: list[ModelReference], method: MergeMethod
+) -> Iterator[Finding]:
+    if base is None:
+        yield error(
+            "base_model", "is missing: task vectors are differences from it; add "
+            "`base_model: NAME`."
+        )
+        return
+    twice = [model for i, model in enumerate(models) if model in models[:i]]
+    if twice:
+        yield error(where, f"{twice[0]} is listed twice; remove one and raise the other's weight.")
+        return
+    others = [model for model in models if model != base]
+    if not others:
+        yield error(where, "holds no fine-tuned model beside the base; add one.")
+        return
+    # mergekit adds a base that `models` leaves out, but not to the sources of a slice.
+    ids = models if where.endswith("]") else [base, *others]
+    if base not in ids:
+        yield error(where, f"its sources lack the base {base}; add it with the same layer_range.")
+        return
+    try:
+        method.spec.contract.validate_ids(ids, base)
+    except ValueError as fault:
+        yield error(where, f"{method.spec.name}: {fault} (the base included).")
+
+
+def _check_damping(entry: Input) -> Iterator[Finding]:
+    fractions, absolutes = ({need for need, _ in entry.settings(name)}
+                            for name in ("dampening_frac", "regularization"))
+    if not fractions or not absolutes:
+        return
+    # Behind filters they may well concern different tensors.
+    if None in fractions | absolutes or fractions & absolutes:
+        yield error(
+            "parameters", "dampening_frac and regularization exclude each other: keep one of them."
+        )
+
+
+def _check_slices(config: MergeConfiguration) -> Iterator[Finding]:
+    groups = [("slices", config.slices or [])]
+    groups += [(f"modules.{n}.slices", m.slices or []) for n, m in (config.modules or {}).items()]
+    for where, pieces in groups:
+        for i, piece in enumerate(pieces):
+            if len({tuple(source.layer_range) for source in piece.sources}) > 1:
+                yield error(
+                    f"{where}[{i}]", "its sources have different layer_range: a task vector "
+                    "needs the same layer of model and base; make the ranges equal."
+                )

@@ -1,0 +1,185 @@
+"""The models' configs, and the data and stores that go with them; no weights are downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mergekit.architecture import arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from transformers import PretrainedConfig
+
+from mergekit_pave.calibration.data import open_rows
+from mergekit_pave.calibration.model import ModelSource, refuse_quantised
+from mergekit_pave.check.finding import Finding, error
+from mergekit_pave.check.inputs import Input, calibration_spec, inputs
+from mergekit_pave.errors import PaveError
+from mergekit_pave.sources import LoaderOptions, fetch_store
+from mergekit_pave.store import CovarianceStore
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+           "n_embd", "n_head", "d_model", "d_ff")
+# Enough tensors to notice a store of other weights without reading the checkpoint.
+_LOOK_AT = 4
+
+
+@dataclass(frozen=True)
+class Allowances:
+    """mergekit's flags that make it accept what it otherwise refuses."""
+
+    crimes: bool = False
+    truncated_embeddings: bool = False
+
+
+def check_models(
+    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances
+) -> Iterator[Finding]:
+    """Whether the fine-tunes have the base's architecture and shapes, from configs alone."""
+    for entry in inputs(config):
+        base = _mergeable(entry.base, options, "base_model")
+        own = _mergeable(entry.model, options, entry.where)
+        if entry.model.lora:
+            _check_adapter(entry)
+        where, model = entry.where, entry.model
+        if not allowed.crimes and _different(own, base):
+            yield error(
+                where, f"{model} is a {own.architectures[0]} and the base a "
+                f"{base.architectures[0]}; merging needs one architecture."
+            )
+            continue
+        sliced = config.slices or any(m.slices for m in (config.modules or {}).values())
+        for key in _WIDTHS if sliced else _LAYERS + _WIDTHS:
+            ours, theirs = _get(own, key), _get(base, key)
+            if None not in (ours, theirs) and ours != theirs:
+                yield error(
+                    where, f"{model} has {key} {ours}, the base {theirs}; merge fine-tunes of "
+                    "this base only."
+                )
+        if "Classification" in own.architectures[0] and own.architectures == base.architectures:
+            if own.num_labels != base.num_labels:
+                yield error(
+                    where, f"{model} classifies into {own.num_labels} labels, the base into "
+                    f"{base.num_labels}: their heads cannot be merged; give the base a head of "
+                    "the same size."
+                )
+        aligned = config.tokenizer or config.tokenizer_source or allowed.truncated_embeddings
+        ours, theirs = _get(own, "vocab_size"), _get(base, "vocab_size")
+        if ours != theirs and not aligned:
+            yield error(
+                where, f"{model} has {ours} tokens, the base {theirs}; add "
+                "`tokenizer: {source: base}` to the configuration."
+            )
+
+
+def _get(config: PretrainedConfig, key: str) -> Any:
+    try:
+        config = config.get_text_config()
+    except ValueError:  # it has several
+        pass
+    return getattr(config, key, None)
+
+
+def _different(a: PretrainedConfig, b: PretrainedConfig) -> bool:
+    """As mergekit decides it: by its own definitions, else by the tensors both have."""
+    known = arch_info_for_config(a), arch_info_for_config(b)
+    if None not in known:
+        return known[0] != known[1]
+    return a.model_type != b.model_type
+
+
+def _mergeable(
+    model: ModelReference, options: LoaderOptions, where: str
+) -> PretrainedConfig:
+    try:
+        config = read_config(model, options)
+    except PaveError as fault:
+        raise PaveError(f"{where}: {fault}") from fault
+    if len(config.architectures or ()) != 1:
+        raise PaveError(
+            f"{where}: config.json of {model} must name one class under `architectures`, such "
+            f"as LlamaForCausalLM; got {config.architectures}."
+        )
+    return config
+
+
+def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConfig:
+    """A model's config; raises `PaveError` when it is missing, unreadable or quantised."""
+    path = model.model.path
+    if path.lower().endswith(".gguf"):
+        raise PaveError(f"{path} is a quantised GGUF file: name the full-precision checkpoint.")
+    folder = Path(path)
+    if path.startswith(("/", ".", "~")) and not folder.exists():
+        raise PaveError(f"There is no model folder {path}: correct the path.")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise PaveError(_no_config(folder))
+    try:
+        config = model.config(trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError) as fault:
+        reason = str(fault).strip().splitlines()[0].rstrip(".:")
+        mend = (
+            "repair its config.json, or upgrade transformers if the architecture is a new one"
+            if folder.exists()
+            else "check the name, the network and, for a gated model, `hf auth login`"
+        )
+        raise PaveError(f"Cannot read the config of {path} ({reason}): {mend}.") from fault
+    refuse_quantised(config, path)
+    return config
+
+
+def _no_config(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file: name the folder of a Hugging Face checkpoint."
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} is an adapter: name it behind its model, as `MODEL+{folder}`."
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds a quantised GGUF file: name the full-precision checkpoint."
+    return f"The folder {folder} has no config.json: name the folder of a whole checkpoint."
+
+
+def _check_adapter(entry: Input) -> None:
+    path = Path(entry.model.lora.path)
+    looks_local = str(path).startswith(("/", ".", "~"))
+    if (looks_local or path.exists()) and not (path / "adapter_config.json").is_file():
+        raise PaveError(
+            f"{entry.where}: there is no adapter in {path} (no adapter_config.json); correct "
+            "the path (what follows a `+` is read as an adapter)."
+        )
+
+
+# --- data ----------------------------------------------------------------------------------
+
+
+def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
+    """Whether every model's calibration data or store can be opened and fits."""
+    for entry in inputs(config):
+        if not entry.purified:
+            continue
+        try:
+            if store := entry.get("covariance"):
+                _check_owner(fetch_store(store, options), entry)
+            elif entry.get("calibration_dataset"):
+                open_rows(calibration_spec(entry))
+        except PaveError as fault:
+            yield error(entry.where, str(fault))
+        if entry.get("covariance") and entry.get("calibration_dataset"):
+            yield Finding(
+                "warning", entry.where, "covariance is used, the calibration keys are not."
+            )
+
+
+def _check_owner(store: CovarianceStore, entry: Input) -> None:
+    """Refuse another model's store early; the merge itself looks at every weight."""
+    folder = Path(entry.model.model.path)
+    if entry.model.lora or not folder.is_dir():
+        return
+    tensors = ModelSource(str(folder), folder.name, str(folder)).tensors()
+    known = ((n, t) for n, t in tensors if t.ndim == 2 and store.namesake(n, tuple(t.shape)))
+    first = list(islice(known, _LOOK_AT))
+    # Without a common name only the values can tell, all of them.
+    if first:
+        store.verify(iter(first), folder.name)
