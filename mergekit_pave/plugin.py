@@ -7,13 +7,16 @@ import logging
 import sys
 from types import ModuleType
 
+from mergekit_pave import compat
 from mergekit_pave.errors import PaveError
 
 logger = logging.getLogger(__name__)
 
+_ATTACHED = "_mergekit_pave_attached"
+
 
 def register() -> tuple[str, ...]:
-    """Register `pave_<name>` for every mergekit method that requires a base model.
+    """Do by hand what the start-up hook does: methods registered, merges checked first.
 
     Idempotent; methods registered by others since the last call are picked up.
 
@@ -24,6 +27,16 @@ def register() -> tuple[str, ...]:
         PaveError: the installed mergekit is older than 0.1.5.
     """
     _require_mergekit()
+    import mergekit.merge
+    import mergekit.plan
+
+    for module in (mergekit.plan, mergekit.merge):
+        attach(module)
+    return _register_methods()
+
+
+def _register_methods() -> tuple[str, ...]:
+    """Register `pave_<name>` for every mergekit method that requires a base model."""
     import mergekit.merge_methods as host
 
     from mergekit_pave.method import PREFIX, PaveMerge, can_wrap
@@ -62,7 +75,13 @@ def attach(module: ModuleType) -> None:
     """
     _require_mergekit()
     if module.__name__ == "mergekit.merge_methods":
-        register()
+        _register_methods()
+        return
+    if getattr(module, _ATTACHED, False):
+        return
+    setattr(module, _ATTACHED, True)
+    if module.__name__ == "mergekit.plan":
+        compat.mend_optional_aliases(module)
     elif module.__name__ == "mergekit.merge":
         _guard(module)
 

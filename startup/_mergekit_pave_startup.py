@@ -8,7 +8,7 @@ are loaded already): it leaves one finder that waits until somebody imports merg
 import os
 import sys
 
-_HOSTS = ("mergekit.merge_methods", "mergekit.merge")
+_HOSTS = ("mergekit.merge_methods", "mergekit.plan", "mergekit.merge")
 
 
 class _Finder:
