@@ -25,7 +25,8 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
-from mergekit_pave import allocation, subspace
+from mergekit_pave import allocation, subspace, tails
+from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.errors import PaveError
 from mergekit_pave.parameters import DEFAULT_DAMPENING, PARAMETERS, Parameter
 from mergekit_pave.statistics import Layer, Statistics
@@ -163,39 +164,56 @@ class PaveMerge(GroupMergeMethod):
         own: Mapping[str, Any],
         group: TensorGroup,
     ) -> subspace.Tail:
-        weight = _wide(entry.tensor)
-        _check_finite(weight, entry.id, group.metadata.name)
-        if weight.device.type == "mps":  # has no float64
-            weight = weight.cpu()
-        covariance = None
-        if own["subspace"] == "covariance":
-            covariance = self._damped(layer, own, weight.device, entry.id)
-        return subspace.tail(
-            weight.T if layer.transposed else weight,
-            covariance,
-            count,
-            subspace=own["subspace"],
-            seed=layer.seed,
-        )
+        """The `count` least activated directions of one model's weight."""
+        _check_finite(entry.tensor, entry.id, group.metadata.name)
+        fraction, absolute = _damping(own)
 
-    def _damped(
-        self, layer: Layer, own: Mapping[str, Any], device: torch.device, model: Hashable
-    ) -> Tensor:
-        fraction, absolute = own["dampening_frac"], own["regularization"]
-        if fraction is not None and absolute is not None:
-            raise PaveError(
-                "dampening_frac and regularization exclude each other: keep one of them."
+        def compute() -> subspace.Tail:
+            weight = _wide(entry.tensor)
+            if weight.device.type == "mps":  # has no float64
+                weight = weight.cpu()
+            covariance = None
+            if own["subspace"] == "covariance":
+                covariance = _damped(layer, fraction, absolute, weight.device, entry.id)
+            return subspace.tail(
+                weight.T if layer.transposed else weight,
+                covariance,
+                count,
+                subspace=own["subspace"],
+                seed=layer.seed,
             )
-        if fraction is None and absolute is None:
-            fraction = DEFAULT_DAMPENING
-        try:
-            return subspace.damped(
-                layer.covariance().to(device), dampening_frac=fraction, regularization=absolute
-            )
-        except ValueError as error:
-            raise PaveError(
-                f"The covariance of {layer.name} of {model} is unusable: {error}; recalibrate."
-            ) from error
+
+        if layer.identity is None:
+            return compute()
+        damping = f"{fraction}|{absolute}"
+        name = tails.address(layer.identity, entry.tensor, layer.transposed, damping)
+        return tails.remembered(cache_folder() / "tails", name, count, compute)
+
+
+def _damping(own: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    fraction, absolute = own["dampening_frac"], own["regularization"]
+    if fraction is not None and absolute is not None:
+        raise PaveError("dampening_frac and regularization exclude each other: keep one of them.")
+    if fraction is None and absolute is None:
+        fraction = DEFAULT_DAMPENING
+    return fraction, absolute
+
+
+def _damped(
+    layer: Layer,
+    fraction: float | None,
+    absolute: float | None,
+    device: torch.device,
+    model: Hashable,
+) -> Tensor:
+    try:
+        return subspace.damped(
+            layer.covariance().to(device), dampening_frac=fraction, regularization=absolute
+        )
+    except ValueError as error:
+        raise PaveError(
+            f"The covariance of {layer.name} of {model} is unusable: {error}; recalibrate."
+        ) from error
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -44,11 +44,13 @@ class Layer:
         name: its weight in the model's own checkpoint or class.
         transposed: the weight is stored `(in, out)`.
         covariance: reads the second moment of its inputs, `(in, in)` float32.
+        identity: names that covariance by its content; `None` when there is none.
     """
 
     name: str
     transposed: bool
     covariance: Callable[[], Tensor]
+    identity: str | None = None
 
     @property
     def seed(self) -> int:
@@ -130,7 +132,13 @@ class Statistics:
         found = store.find(name, tensor)
         if found is not None:
             weight = store.weights[found]
-            return Layer(found, weight.transposed, partial(store.covariance, weight.site))
+            site = store.sites[weight.site]
+            return Layer(
+                found,
+                weight.transposed,
+                partial(store.covariance, weight.site),
+                f"{site.width}|{site.count}|{site.crc32}",
+            )
         if name and store.namesake(name, tuple(tensor.shape)):
             raise PaveError(
                 f"{name} of {model} is not the weight that the covariance store "
