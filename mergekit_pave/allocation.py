@@ -52,7 +52,8 @@ def allocate(
         raise ValueError(f"{len(spectra)} spectra but {len(ranks)} full ranks")
     caps = [cap(rank, rank_ratio) for rank in ranks]
     if method == "uniform":
-        return [min(_round((1 - rank_ratio) * r), most) for r, most in zip(ranks, caps, strict=True)]
+        shares = (_round((1 - rank_ratio) * rank) for rank in ranks)
+        return [min(share, most) for share, most in zip(shares, caps, strict=True)]
     if method != "spectral":
         raise ValueError(f"method must be 'spectral' or 'uniform'; got {method!r}")
     budget = min(_round((1 - rank_ratio) * sum(ranks)), sum(caps))

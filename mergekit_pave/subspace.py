@@ -12,6 +12,7 @@ So nothing is inverted, and only the tail of the spectrum is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,12 +21,16 @@ from torch import Tensor
 
 # Below this size, or with a longer tail than this fraction of it, a full SVD is faster.
 DIRECT_BELOW = 128
-DIRECT_FRACTION = 0.15
-# The Lanczos basis may fill this much of the space; then a full SVD is cheaper than going on.
-LANCZOS_LIMIT = 0.6
+DIRECT_FRACTION = 0.1
+# Products with a block before a full SVD is the better way to spend the time.
+MAX_APPLIES = 100
+# One filter may favour the best direction of a block over its worst by this much, not more: the
+# worst has to keep some digits of its own.
+MAX_GROWTH = 1e11
+MAX_DEGREE = 10
 # Angle (Davis-Kahan) allowed between the tail and its true subspace, and the relative gap
 # assumed at least: no direction is better than its neighbour in a cluster tighter than that.
-TOLERANCE = 3e-7
+TOLERANCE = 2e-7
 MIN_GAP = 1e-2
 # Pivots this small, relative to the largest, cannot be told from zero after the QR.
 SINGULAR = 1e-13
@@ -67,10 +72,10 @@ def damped(
         raise ValueError("give either dampening_frac or regularization")
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"a covariance is square; got shape {tuple(covariance.shape)}")
-    if not covariance.isfinite().all():
-        raise ValueError("the covariance has NaN or infinite entries")
     c = covariance.to(torch.float64)
-    c = (c + c.mT).div_(2)
+    if not c.sum().isfinite():  # far cheaper than a look at every entry
+        raise ValueError("the covariance has NaN or infinite entries")
+    c = (c + c.mT.contiguous()).div_(2)  # reading a transposed view as it lies is slower
     mean = c.diagonal().mean().item()
     if mean <= 0:
         raise ValueError("the covariance is empty: its trace is not positive")
@@ -78,6 +83,7 @@ def damped(
     return c
 
 
+@torch.no_grad()
 def tail(
     weight: Tensor,
     covariance: Tensor | None = None,
@@ -109,9 +115,9 @@ def tail(
     basis = lift(directions)
     # Rayleigh-Ritz on `A` itself: whatever the way here did to the digits of the factor, the
     # values are those of these directions, and spare directions are put to use.
-    image = w.mT @ basis if c is None else c @ (w.mT @ basis)
-    _, values, v = torch.linalg.svd(image, full_matrices=False)
-    return Tail((basis @ v.mT).flip(1)[:, :count], values.flip(0)[:count], largest, route)
+    image = basis.mT @ w if c is None else basis.mT @ w @ c
+    u, values, _ = torch.linalg.svd(image, full_matrices=False)
+    return Tail((basis @ u).flip(1)[:, :count], values.flip(0)[:count], largest, route)
 
 
 def purify(weight: Tensor, basis: Tensor) -> Tensor:
@@ -141,7 +147,7 @@ def _check(weight: Tensor, covariance: Tensor | None, count: int, subspace: str)
         raise ValueError(f"a weight is a real matrix; got {weight.dtype} {tuple(weight.shape)}")
     if not 0 <= count < min(weight.shape):
         raise ValueError(f"count must be in [0, {min(weight.shape) - 1}]; got {count}")
-    if not weight.isfinite().all():
+    if not weight.sum(dtype=torch.float64).isfinite():
         raise ValueError("the weight has NaN or infinite entries")
     width = weight.shape[1]
     if subspace == "covariance" and (covariance is None or covariance.shape != (width, width)):
@@ -178,13 +184,12 @@ def _reduce(w: Tensor, c: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Ten
 
 def _column_space(w: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`R_w` (in, in) of a tall `W = Q R_w`, and multiplication by `Q`."""
-    r = torch.linalg.cholesky_ex(_lower_gram(w)).L.mT
-    pivots = r.diagonal()
-    if pivots.min() > WELL_CONDITIONED * pivots.max():
+    lower, failed = torch.linalg.cholesky_ex(_lower_gram(w))
+    r, pivots = lower.mT, lower.diagonal()
+    if not failed and pivots.min() > WELL_CONDITIONED * pivots.max():
         # `W R_w^-1` stays in the column space of W whatever R_w is; the QR only tidies up.
-        return r, lambda x: torch.linalg.qr(
-            w @ torch.linalg.solve_triangular(r, x, upper=True)
-        ).Q
+        solve = torch.linalg.solve_triangular
+        return r, lambda x: torch.linalg.qr(_thin(w, solve(r, x, upper=True))).Q
     q, r = torch.linalg.qr(w)
     return r, lambda x: q @ x
 
@@ -205,11 +210,11 @@ def _smallest(t: Tensor, count: int, seed: int) -> tuple[Tensor, float, str]:
         return *_direct(t, count), "direct"
     pivots = t.diagonal().abs()
     if pivots.min() > SINGULAR * pivots.max():
-        block = count + max(8, count // 4)
-        top = _leading(lambda q: t.mT @ (t @ q), _noise(t, size, 4, seed), 1)
-        low = _leading(lambda q: _inverse_gram(t, q), _noise(t, size, block, seed), count)
+        top = _leading(lambda x: _thin(t.mT, _thin(t, x)), _noise(t, size, min(4, size), seed), 1)
+        block = min(size, count + max(8, count // 2))
+        low = _leading(lambda x: _inverse_gram(t, x), _noise(t, size, block, seed), count)
         if top is not None and low is not None:
-            return low, torch.linalg.matrix_norm(t @ top, 2).item(), "iterative"
+            return low, torch.linalg.matrix_norm(_thin(t, top), 2).item(), "iterative"
     return *_direct(t, count), "fallback"
 
 
@@ -218,44 +223,75 @@ def _direct(t: Tensor, count: int) -> tuple[Tensor, float]:
     return v.mT[:, len(values) - count :], values[0].item()
 
 
+def _thin(a: Tensor, x: Tensor) -> Tensor:
+    """`A X` for a few columns X, written as rows: some BLAS are ten times slower with columns."""
+    return (x.mT @ a.mT).mT
+
+
 def _inverse_gram(t: Tensor, x: Tensor) -> Tensor:
     """`(T^T T)^-1 X` by two triangular solves; its largest eigenvectors are the tail of `T`."""
     x = torch.linalg.solve_triangular(t.mT, x, upper=False)
     return torch.linalg.solve_triangular(t, x, upper=True)
 
 
-def _leading(
-    apply: Callable[[Tensor], Tensor], start: Tensor, count: int
-) -> Tensor | None:
-    """Block Lanczos: Ritz vectors of the largest eigenvalues of a symmetric positive operator.
+def _leading(apply: Callable[[Tensor], Tensor], start: Tensor, count: int) -> Tensor | None:
+    """The largest eigenvectors of a positive operator, by Chebyshev-filtered block iteration.
 
-    A block wider than `count` finds repeated eigenvalues, and makes the speed depend on the gap
-    behind the whole block instead of the one behind `count`.
+    Each round diagonalises the operator within the block (Rayleigh-Ritz), then multiplies the
+    block by the polynomial of the operator that is flat on `[0, edge]`, where `edge` is the
+    block's own smallest eigenvalue, and grows fastest beyond. A block wider than `count` finds
+    repeated eigenvalues, and its speed depends on the gap behind the whole block.
 
     Returns:
         (n, block) orthonormal, of which the first `count` have converged; None if they did not
-        before the basis filled `LANCZOS_LIMIT` of the space.
+        within `MAX_APPLIES`.
     """
-    size, block = start.shape
-    limit = int(LANCZOS_LIMIT * size)
-    basis, projected = start.new_empty(limit, size).mT, start.new_zeros(limit, limit)
-    q = torch.linalg.qr(start).Q
-    for old in range(0, limit - block + 1, block):
-        new = old + block
-        basis[:, old:new] = q
-        known = basis[:, :new]
-        z = apply(q)
-        for _ in range(2):  # one pass of Gram-Schmidt leaves rounding behind, two do not
-            overlap = known.mT @ z
-            z -= known @ overlap
-            projected[:new, old:new] += overlap
-        q, r = torch.linalg.qr(z)
-        if new // block < 3:
-            continue
-        values, y = torch.linalg.eigh(projected[:new, :new], UPLO="U")
-        values, y = values.flip(0), y.flip(1)
-        residual = torch.linalg.matrix_norm(r @ y[old:, :count])
-        gap = torch.maximum(values[count - 1] - values[count], MIN_GAP * values[count - 1])
-        if residual <= TOLERANCE * gap:
-            return known @ y[:, :block]
+    if count == 0:
+        return start[:, :0]
+    x, applies = torch.linalg.qr(apply(torch.linalg.qr(start).Q)).Q, 1
+    while applies < MAX_APPLIES:
+        image = apply(x)
+        values, v = torch.linalg.eigh(x.mT @ image)
+        values, v = values.flip(0), v.flip(1)
+        x, image = x @ v, image @ v
+        wanted, edge = values[:count], values[-1]
+        # Davis-Kahan, vector by vector: the angle to the wanted subspace is at most the residual
+        # over the distance to the first unwanted eigenvalue.
+        gaps = torch.maximum(wanted - values[min(count, len(values) - 1)], MIN_GAP * wanted)
+        angle = torch.linalg.matrix_norm((image[:, :count] - x[:, :count] * wanted) / gaps)
+        if angle <= TOLERANCE:
+            # The filter treats all unwanted directions alike. One bare product damps the far
+            # ones, where what little is left would weigh most.
+            return torch.linalg.qr(image).Q
+        if not edge > 0:
+            return None
+        degree = _degree(
+            (wanted[0] / edge).item(), (wanted[-1] / edge).item(), angle.item() / TOLERANCE
+        )
+        x = torch.linalg.qr(_chebyshev(apply, x, image, 2 / edge, degree)).Q
+        applies += degree
     return None
+
+
+def _degree(largest: float, wanted: float, reduction: float) -> int:
+    """The degree that shrinks the residual by `reduction`, within what the digits allow.
+
+    `largest` and `wanted` are eigenvalues over `edge`. `T_m(z)` is about `exp(m acosh(z)) / 2`.
+    """
+
+    def rate(eigenvalue: float) -> float:
+        return math.acosh(max(2 * eigenvalue - 1, 1 + 1e-9))
+
+    enough = math.log(2 * reduction) / rate(wanted)
+    most = math.log(2 * MAX_GROWTH) / rate(largest)
+    return max(1, min(MAX_DEGREE, math.ceil(enough), int(most)))
+
+
+def _chebyshev(
+    apply: Callable[[Tensor], Tensor], x: Tensor, image: Tensor, scale: Tensor, degree: int
+) -> Tensor:
+    """`T_degree(scale * M - 1) x` where `image = M x` is known already."""
+    before, now = x, scale * image - x
+    for _ in range(degree - 1):
+        before, now = now, 2 * (scale * apply(now) - now) - before
+    return now

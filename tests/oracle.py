@@ -39,17 +39,17 @@ def purified(weight, covariance, count: int) -> Purified:
 
 def jacobi(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`(G, J)` with `matrix = G J^T`, J orthogonal, G's columns orthogonal, longest first."""
-    g, n = matrix.astype(np.longdouble), matrix.shape[1]
-    j = np.eye(n, dtype=np.longdouble)
-    eps = np.finfo(np.longdouble).eps
+    n, eps = matrix.shape[1], np.finfo(np.longdouble).eps
+    # LAPACK's answer saves sweeps, once a Newton step has made it orthogonal to all digits.
+    j = np.linalg.svd(matrix.astype(float))[2].T.astype(np.longdouble)
+    j = 1.5 * j - 0.5 * j @ (j.T @ j)
+    g = matrix @ j
     ring = list(range(n + n % 2))  # round robin: every pair meets once per sweep
     for _ in range(40):
         worst = 0.0
         for _ in range(len(ring) - 1):
-            pairs = [
-                sorted(x) for x in zip(ring[: len(ring) // 2], ring[::-1], strict=False)
-            ]
-            p, q = np.array([x for x in pairs if x[1] < n]).T.reshape(2, -1)
+            pairs = [sorted(x) for x in zip(ring[: len(ring) // 2], ring[::-1], strict=False)]
+            p, q = np.array([x for x in pairs if x[1] < n], int).reshape(-1, 2).T
             worst = max(worst, _rotate(g, j, p, q, eps))
             ring = [ring[0], ring[-1], *ring[1:-1]]
         if worst < n * eps:

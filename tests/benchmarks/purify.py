@@ -11,8 +11,8 @@ slows all of them, and the ratios of medians are what counts:
 * ours: `damped`, `tail`, `allocate`, `purify`, from a covariance that is ready.
 * ours+C: the same, and `C` accumulated once from X in float32.
 
-On a machine that others use as well, OMP_NUM_THREADS=1 and `--cpu-time` still give figures that mean
-something: threads that wait for each other would burn the time of those that work.
+On a machine that others use as well, OMP_NUM_THREADS=1 and `--cpu-time` still give figures that
+mean something: threads that wait for each other would burn the time of those that work.
 
 Accuracy is the relative error of what is removed (`W - W'`), and the activated pruning error
 `||(W - W') C_e||^2` over its minimum, for one model, against a full SVD in float64 at the same rank
