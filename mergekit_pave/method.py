@@ -29,7 +29,7 @@ from mergekit_pave import allocation, subspace, tails
 from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.errors import PaveError
 from mergekit_pave.parameters import DEFAULT_DAMPENING, PARAMETERS, Parameter
-from mergekit_pave.statistics import Layer, Statistics
+from mergekit_pave.statistics import Cut, Layer, Statistics
 
 PREFIX = "pave_"
 PAPER = "https://arxiv.org/abs/2510.14697"
@@ -139,9 +139,15 @@ class PaveMerge(GroupMergeMethod):
             own["rank_allocation"],
         )
         self.statistics.count("purified", group.metadata.name)
-        new = {
-            p.entry.id: _project(p, dropped) for p, dropped in zip(participants, drops, strict=True)
-        }
+        new = {}
+        for participant, dropped in zip(participants, drops, strict=True):
+            entry = participant.entry
+            new[entry.id] = _project(participant, dropped)
+            self.statistics.record_cut(
+                group.metadata.name,
+                entry.id,
+                Cut(min(shape), dropped, _outweighed(entry.tensor, new[entry.id], group)),
+            )
         entries = tuple(
             replace(e, tensor=new[e.id] if e.id in new else _wide(e.tensor)) for e in group.entries
         )
@@ -230,6 +236,12 @@ def _contributes(entry: TensorEntry, group: TensorGroup, inner: Mapping[str, Any
     if isinstance(weights, Mapping) and weights.get(entry.id) == 0:
         return False
     return not torch.equal(entry.tensor, group.base.tensor)
+
+
+def _outweighed(before: Tensor, after: Tensor, group: TensorGroup) -> float:
+    """Norm of what was removed, over the norm of the whole task vector."""
+    removed = torch.linalg.vector_norm(before - after)
+    return (removed / torch.linalg.vector_norm(_wide(before) - _wide(group.base.tensor))).item()
 
 
 def _check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:

@@ -97,7 +97,7 @@ def _guard(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def run_merge(merge_config, out_path, options, config_source=None):
-        from mergekit_pave import check
+        from mergekit_pave import check, record
         from mergekit_pave.method import PREFIX
         from mergekit_pave.sources import LoaderOptions
 
@@ -117,6 +117,8 @@ def _guard(module: ModuleType) -> None:
         statistics = shared_statistics()
         statistics.reset()
         result = original(merge_config, out_path, options, config_source)
+        if options.write_model_card:
+            record.write(out_path, record.of_merge(name, statistics))
         if not options.quiet:
             print(statistics.coverage(), file=sys.stderr)  # noqa: T201
         return result

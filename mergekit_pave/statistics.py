@@ -58,6 +58,22 @@ class Layer:
         return zlib.crc32(self.name.encode())
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What one model lost at one tensor.
+
+    Attributes:
+        full: the rank of its weight, `min(out, in)`.
+        dropped: components removed.
+        removed: norm of what was removed over the norm of the task vector; above 1 the merge
+            sees more of the base taken away than of the fine-tuning.
+    """
+
+    full: int
+    dropped: int
+    removed: float
+
+
 class Statistics:
     """Finds the layer behind a tensor, and keeps count of what was purified."""
 
@@ -67,6 +83,7 @@ class Statistics:
         self._plain: dict[Hashable, dict[tuple[str, tuple], bool]] = {}
         self._options = LoaderOptions()
         self.counts: dict[str, set[str | None]] = {"purified": set(), "plain": set()}
+        self.cuts: dict[Hashable, dict[str, Cut]] = {}
 
     def prepare(self, models: Sequence[Hashable]) -> None:
         """Take over mergekit's loading options, and refuse checkpoints it would cut down.
@@ -104,13 +121,45 @@ class Statistics:
         with self._lock:
             self._stores.clear()
             self._plain.clear()
+            self.cuts.clear()
         for names in self.counts.values():
             names.clear()
 
+    @property
+    def used(self) -> dict[Hashable, CovarianceStore]:
+        """The store of each model of this merge."""
+        return {key[0]: store for key, store in self._stores.items()}
+
+    @property
+    def ranks(self) -> dict[Hashable, dict[str, tuple[int, int]]]:
+        """Per model and tensor: full rank, and how many components it lost."""
+        return {
+            model: {name: (cut.full, cut.dropped) for name, cut in named.items()}
+            for model, named in self.cuts.items()
+        }
+
+    def record_cut(self, name: str | None, model: Hashable, cut: Cut) -> None:
+        with self._lock:
+            self.cuts.setdefault(model, {})[name or ""] = cut
+
     def coverage(self) -> str:
-        """One line for the end of a merge."""
+        """The end of a merge: what was purified, and a warning where that went too far."""
         purified, plain = len(self.counts["purified"]), len(self.counts["plain"])
-        return f"mergekit-pave: {purified} tensors purified, {plain} merged plainly."
+        text = (
+            f"mergekit-pave: {purified} tensors purified, {plain} merged plainly (vocabulary, "
+            "heads, norms, biases and what no model changed)."
+        )
+        cuts = [(c.removed, n, m) for m, named in self.cuts.items() for n, c in named.items()]
+        outweighed = [cut for cut in cuts if cut[0] > 1]
+        if outweighed:
+            removed, name, model = max(outweighed, key=lambda cut: cut[0])
+            text += (
+                f"\nWarning: in {len(outweighed)} of {len(cuts)} weights more was removed than "
+                f"the fine-tuning had changed ({name} of {model}: {removed:.1f} times), so the "
+                "merge loses parts of the base; raise rank_ratio, or set it to 1.0 there with a "
+                "filter."
+            )
+        return text
 
     def layer(
         self, model: Hashable, name: str | None, tensor: Tensor, values: Mapping[str, Any]

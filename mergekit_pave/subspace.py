@@ -67,15 +67,15 @@ def damped(
     dampening_frac: float | None = None,
     regularization: float | None = None,
 ) -> Tensor:
-    """`C + eI` in float64, symmetrised; `e` is relative to the mean diagonal, or absolute."""
+    """A copy of `C` (n, n), symmetric, as `C + eI` in float64; `e` is relative to the mean
+    diagonal, or absolute."""
     if (dampening_frac is None) == (regularization is None):
         raise ValueError("give either dampening_frac or regularization")
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"a covariance is square; got shape {tuple(covariance.shape)}")
-    c = covariance.to(torch.float64)
+    c = covariance.to(torch.float64, copy=True)
     if not c.sum().isfinite():  # far cheaper than a look at every entry
         raise ValueError("the covariance has NaN or infinite entries")
-    c = (c + c.mT.contiguous()).div_(2)  # reading a transposed view as it lies is slower
     mean = c.diagonal().mean().item()
     if mean <= 0:
         raise ValueError("the covariance is empty: its trace is not positive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -377,6 +378,9 @@ class _FixedStatistics:
     def count(self, *args):
         pass
 
+    def record_cut(self, *args):
+        pass
+
 
 def test_names_of_an_older_transformers_are_refused(tmp_path):
     """mergekit would write a ViT without its layers."""
@@ -388,6 +392,18 @@ def test_names_of_an_older_transformers_are_refused(tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
     plain = merge(config_of(paths, "ties", [data]), tmp_path / "plain")
     assert not [name for name in plain if "layer" in name and name.endswith("0.mlp.fc1.weight")]
+
+
+def test_a_cut_deeper_than_the_fine_tuning_is_said(families, texts, tmp_path, capsys):
+    config = config_of(families("llama"), "pave_task_arithmetic", texts, rank_ratio=0.5)
+    merge(config, tmp_path / "deep", quiet=False)
+    deep = capsys.readouterr().err
+    assert "14 tensors purified, 7 merged plainly" in deep
+    assert re.search(r"more was removed than the fine-tuning had changed \(.* times\)", deep)
+    config["parameters"]["rank_ratio"] = 0.97
+    merge(config, tmp_path / "shallow", quiet=False)
+    shallow = capsys.readouterr().err
+    assert "14 tensors purified" in shallow and "more was removed" not in shallow
 
 
 def test_the_card_links_the_paper(families, texts, tmp_path):

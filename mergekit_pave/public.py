@@ -1,0 +1,86 @@
+"""What must not be published: local paths and user names in text that came from a YAML file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_pave.calibration.sources import local_path
+from mergekit_pave.errors import PaveError
+
+_MODEL_KEYS = {"model", "base_model", "lora", "path", "source", "tokenizer_source"}
+_DATA_KEYS = {"calibration_dataset", "covariance"}
+# On a machine of the other kind, or as a URL.
+_FOREIGN = re.compile(r"[A-Za-z]:[\\/]|\\\\|file:")
+# In comments and prose: from the root with two parts at least, from home, from a `.` or `..`.
+_LOOSE = re.compile(
+    r"""(?<![\w/.:~<\]])(?:file://)?
+    (?:(?:~|\.\.?)(?:/[^\s/"'`,;()<>\[\]{}|*]+)+ | (?:/[^\s/"'`,;()<>\[\]{}|*]+){2,})/?
+    | (?<!\w)[A-Za-z]:[\\/]+[^\s"'`,;()<>\[\]{}|*]+""",
+    re.VERBOSE,
+)
+
+
+def is_local(path: str) -> bool:
+    """Whether a model, dataset or store of that name is a file or folder, here or elsewhere."""
+    return bool(_FOREIGN.match(path)) or local_path(path) is not None
+
+
+def name_of(path: str) -> str:
+    """A Hub id or URL as it is; a local path's last part, `local` where that is a user's name."""
+    if not is_local(path):
+        return path
+    parts = [part for part in re.split(r"[\\/]+", path) if part]
+    name = parts[-1] if parts else "local"
+    if name in (".", ".."):
+        name = Path(path).absolute().resolve().name
+    home = len(parts) > 1 and parts[-2] in ("home", "Users")
+    if home or name in ("", "~", Path.home().name):
+        name = "local"
+    # `model: 123` would be a number where a name is meant.
+    return name if yaml.safe_load(name) == name else f"./{name}"
+
+
+def scrub(text: str, raw: Any) -> str:
+    """`text` with every local path of the configuration `raw`, and any other, cut to its name."""
+    for path in sorted(set(local_paths(raw)), key=len, reverse=True):
+        exact = rf"(?<![\w./~\\-]){re.escape(path)}(?![\w\\/-]|\.\w)"
+        # As a template the name would be read for backslashes.
+        text = re.sub(exact, name_of(path).replace("\\", r"\\"), text)
+    return _LOOSE.sub(lambda found: name_of(found[0]), text)
+
+
+def scrub_configuration(text: str) -> str:
+    """The YAML source of a merge without local paths; it still says the same otherwise.
+
+    Raises:
+        PaveError: a path is written in a way that it cannot be cut out safely.
+    """
+    clean = scrub(text, yaml.safe_load(text))
+    for path in local_paths(yaml.safe_load(clean)):
+        if name_of(path) != path:
+            raise PaveError(
+                f"The local path of {name_of(path)} could not be taken out of the merge "
+                "configuration; write it on one line, as a plain scalar, in mergekit_config.yml."
+            )
+    return clean
+
+
+def local_paths(raw: Any) -> Iterator[str]:
+    """Every local path that a merge configuration names, with its adapters'."""
+    if isinstance(raw, list):
+        for item in raw:
+            yield from local_paths(item)
+    elif isinstance(raw, dict):
+        for key, value in raw.items():
+            if not isinstance(value, str):
+                yield from local_paths(value)
+            elif key in _DATA_KEYS and is_local(value):
+                yield value
+            elif key in _MODEL_KEYS:
+                paths = (part.partition("@")[0] for part in value.split("+"))
+                yield from (path for path in paths if path and is_local(path))

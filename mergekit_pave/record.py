@@ -1,0 +1,192 @@
+"""What a merge did, kept beside the merged model: `pave_report.json`.
+
+    {"kind": "mergekit-pave merge report", "format": 1,
+     "merge_method": "pave_ties", "version": "0.1.0",
+     "tensors": {"purified": 168, "plain": 123} or null,
+     "models": [{
+        "id": "WizardLMTeam/WizardMath-7B-V1.0",   a Hub id, or a local folder's own name
+        "hub": ["WizardLMTeam/WizardMath-7B-V1.0"],   the Hub ids it consists of; [] when local
+        "data": {"dataset": "openai/gsm8k", "local": false, "used": 128, "tokens": 24170, ...},
+        "statistics": {"sites": 128, "rows_per_feature": 2.2, "skipped": {"task head": 1}},
+        "ranks": {"model.layers.0.mlp.up_proj.weight": [4096, 82], ...}   full rank, dropped
+     }]}
+
+`data` is that of the covariance store's manifest without its hashes; `data`, `statistics` and
+`ranks` are null where they are not known. Names are public ones: the file is published with
+the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from mergekit.common import ModelReference
+
+from mergekit_pave.calibration.run import cache_folder
+from mergekit_pave.check.inputs import Input, calibration_spec, configuration, inputs
+from mergekit_pave.errors import PaveError
+from mergekit_pave.fingerprint import digest
+from mergekit_pave.public import is_local, name_of
+from mergekit_pave.sources import LoaderOptions, fetch_store, model_source
+from mergekit_pave.store import MANIFEST, CovarianceStore, write_atomically
+
+NAME = "pave_report.json"
+KIND = "mergekit-pave merge report"
+FORMAT = 1
+
+Ranks = Mapping[str, tuple[int, int]]
+
+
+class Kept(Protocol):
+    """What `Statistics` keeps of a merge, by model."""
+
+    counts: Mapping[str, set]
+    used: Mapping[Hashable, CovarianceStore]
+    ranks: Mapping[Hashable, Ranks]
+
+
+def of_merge(method: str, kept: Kept) -> dict[str, Any]:
+    """The record of a merge that has just ended."""
+    models = [
+        _model(model, kept.used.get(model), kept.ranks.get(model))
+        for model in sorted({*kept.used, *kept.ranks}, key=str)
+        if isinstance(model, ModelReference)
+    ]
+    return _record(method, {what: len(names) for what, names in kept.counts.items()}, models)
+
+
+def of_configuration(raw: Any, options: LoaderOptions | None = None) -> dict[str, Any]:
+    """What can still be found out afterwards: everything but ranks, where the stores are left."""
+    options = options or LoaderOptions()
+    config = configuration(raw)
+    models = []
+    for entry in inputs(config):
+        store = _left_store(entry, options)
+        model = _model(entry.model, store, None)
+        if store is None and entry.get("calibration_dataset"):
+            model["data"] = _intended(entry)
+        models.append(model)
+    return _record(config.merge_method, None, models)
+
+
+def write(folder: Path | str, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(Path(folder) / NAME, lambda path: path.write_text(text, "utf-8"))
+
+
+def read(folder: Path | str) -> dict[str, Any] | None:
+    """The record beside a merged model; `None` when there is none.
+
+    Raises:
+        PaveError: the file is damaged or of another version.
+    """
+    path = Path(folder) / NAME
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        good = record["kind"] == KIND and record["format"] == FORMAT
+        good = good and all({"id", "hub"} <= model.keys() for model in record["models"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise PaveError(
+            f"{path} is damaged or from another version of mergekit-pave; delete it (the card "
+            "will then say less) or merge again."
+        )
+    return record
+
+
+def _record(method: str, tensors: Mapping[str, int] | None, models: list[dict]) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "merge_method": method,
+        "version": version("mergekit-pave"),
+        "tensors": tensors,
+        "models": models,
+    }
+
+
+def _model(
+    model: ModelReference, store: CovarianceStore | None, ranks: Ranks | None
+) -> dict[str, Any]:
+    paths = [part.path for part in (model.model, model.lora) if part]
+    return {
+        "id": "+".join(map(name_of, paths)),
+        "hub": [path for path in paths if not is_local(path)],
+        "data": _published(store.manifest["data"]) if store else None,
+        "statistics": _statistics(store) if store else None,
+        "ranks": {name: list(pair) for name, pair in sorted(ranks.items())} if ranks else None,
+    }
+
+
+def _published(data: Mapping[str, Any]) -> dict[str, Any]:
+    # Hashes of private data would let anyone confirm a guess of it.
+    return {key: value for key, value in data.items() if key not in ("rows", "digest")}
+
+
+def _statistics(store: CovarianceStore) -> dict[str, Any]:
+    return {
+        "sites": len(store.sites),
+        "rows_per_feature": round(fullness(store), 2),
+        "skipped": dict(sorted(Counter(store.skipped.values()).items())),
+    }
+
+
+def fullness(store: CovarianceStore) -> float:
+    """Rows per feature of the worst covariance; below 1 it cannot have full rank."""
+    return min((site.count / site.width for site in store.sites.values()), default=0.0)
+
+
+# --- without the merge's own record --------------------------------------------------------
+
+
+def _left_store(entry: Input, options: LoaderOptions) -> CovarianceStore | None:
+    """The store that a merge of `entry` would have used, if it can be told for certain."""
+    try:
+        if where := entry.get("covariance"):
+            return fetch_store(where, options)
+        # Never a download for the sake of a card.
+        if entry.get("calibration_dataset") and os.path.isdir(entry.model.model.path):
+            return _cached(entry, digest(model_source(entry.model, options).tensors()))
+    except (PaveError, OSError):
+        pass
+    return None
+
+
+def _cached(entry: Input, weights: str) -> CovarianceStore | None:
+    found = []
+    for manifest in sorted(cache_folder().glob(f"*/{MANIFEST}")):
+        try:
+            store = CovarianceStore(manifest.parent)
+        except PaveError:
+            continue
+        same_data = _intended(entry).items() <= _hashable(store.manifest["data"])
+        if same_data and store.manifest["model"]["digest"] == weights:
+            found.append(store)
+    # Several: the same settings, but the data changed in between. Nothing says which it was.
+    return found[0] if len(found) == 1 else None
+
+
+def _hashable(data: Mapping[str, Any]) -> set[tuple[str, Any]]:
+    return {(key, value) for key, value in data.items() if not isinstance(value, (dict, list))}
+
+
+def _intended(entry: Input) -> dict[str, Any]:
+    """The calibration data that the configuration asks for, as a manifest would put it."""
+    spec = calibration_spec(entry)
+    return {
+        "dataset": name_of(spec.dataset),
+        "local": is_local(spec.dataset),
+        "config": spec.config,
+        "split": spec.split,
+        "seed": spec.seed,
+        "requested": spec.num_samples,
+    }
