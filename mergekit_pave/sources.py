@@ -13,6 +13,7 @@ from mergekit.io.tasks import LoaderCache
 
 from mergekit_pave.calibration.model import ModelSource
 from mergekit_pave.errors import PaveError
+from mergekit_pave.public import name_of
 from mergekit_pave.store import MANIFEST, CovarianceStore
 
 
@@ -36,11 +37,6 @@ class LoaderOptions:
         )
 
 
-def public_name(path: str) -> str:
-    """A Hub id as it is, a local folder by its last part: manifests are published."""
-    return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else path
-
-
 def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
     """Download or find a model's weights, a LoRA merged into them as mergekit does it.
 
@@ -57,9 +53,9 @@ def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
         trust_remote_code=options.trust_remote_code,
         lora_merge_dtype=options.lora_merge_dtype,
     )
-    label = public_name(model.model.path)
+    label = name_of(model.model.path)
     if model.lora:
-        label += "+" + public_name(model.lora.path)
+        label += "+" + name_of(model.lora.path)
     tokenizer = _tokenizer_of(model)
     return ModelSource(
         path=merged.local_path(cache_dir=options.cache_dir),

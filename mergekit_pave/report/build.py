@@ -1,0 +1,177 @@
+"""From an open merge to the report's dictionary: everything the page and the figures show."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mergekit_pave import allocation, subspace
+from mergekit_pave.report import measure
+from mergekit_pave.report.gather import Layer, Merge, explained, settings_summary
+from mergekit_pave.report.sample import Sample
+from mergekit_pave.report.summary import summarise
+
+FORMAT = 1
+
+
+def build(merge: Merge, sample: Sample, device: torch.device) -> dict[str, Any]:
+    """Measure the sampled layers; the result is `report.json`, without a path in it."""
+    layers, sites = [], {}
+    for layer in tqdm(sample.layers, desc="Measuring layers", unit="weight"):
+        layers.append(_layer(merge, layer, device, sites))
+    report = {
+        "kind": "mergekit-pave report",
+        "format": FORMAT,
+        "version": version("mergekit-pave"),
+        "method": merge.method,
+        "base": merge.base,
+        "models": [model.label for model in merge.models],
+        "settings": settings_summary(merge.layers),
+        "sampling": {"blocks": sample.blocks, "of": sample.of, "weights": len(sample.layers),
+                     "of_weights": len(merge.layers)},
+        "shares": list(measure.SHARES),
+        "layers": layers,
+        "covariances": _covariances(merge, sites),
+        "coverage": [_coverage(merge, number) for number in range(len(merge.models))],
+    }
+    report["summary"] = summarise(report)
+    return _rounded(report)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits everywhere: what is behind them depends on the machine."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _layer(
+    merge: Merge, layer: Layer, device: torch.device, sites: dict[tuple[int, str], float]
+) -> dict[str, Any]:
+    """One weight over all models; the effective ranks of its covariances go into `sites`."""
+    tails: dict[int, subspace.Tail] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    for number in layer.own:
+        covariance = merge.covariance(layer, number).to(device)
+        with explained(layer):
+            tails[number], rows[number] = _member(merge, layer, number, covariance)
+        site = (number, merge.site(layer, number))
+        if site not in sites:
+            sites[site] = measure.effective_rank(covariance)
+    settings = layer.settings
+    drops = allocation.allocate(
+        [tail.normalised for tail in tails.values()],
+        layer.rank, settings.rank_ratio, settings.rank_allocation,
+    )
+    bases = {n: tails[n].basis[:, :k] for n, k in zip(tails, drops, strict=True)}
+    for (number, row), dropped in zip(rows.items(), drops, strict=True):
+        _spend(row, layer.rank, dropped)
+        row["model"] = number
+    return {
+        "name": layer.name, "block": layer.block, "kind": layer.kind,
+        "shape": list(layer.shape), "rank": layer.rank, "rank_ratio": settings.rank_ratio,
+        "models": list(rows.values()),
+        **_between(merge, layer, bases, device),
+    }
+
+
+def _member(
+    merge: Merge, layer: Layer, number: int, covariance: Tensor
+) -> tuple[subspace.Tail, dict[str, Any]]:
+    """One model's tail, as the merge takes it, and its numbers before anything is dropped."""
+    settings = layer.settings
+    weight = _wide(merge.weight(layer, number), covariance.device)
+    damped = subspace.damped(covariance, **settings.damping)
+    count = allocation.cap(layer.rank, settings.rank_ratio)
+    plain = subspace.tail(weight, None, count, subspace="svd")
+    seed = zlib.crc32(layer.own[number][1].encode())
+    tail = subspace.tail(weight, damped, count, subspace=settings.subspace, seed=seed)
+    values = {"svd": subspace.spectrum(weight, subspace="svd"),
+              "covariance": subspace.spectrum(weight, damped)}
+    lost = {name: measure.lost_energy(s) for name, s in values.items()}
+    delta = weight - _wide(merge.base_weight(layer), covariance.device)
+    return tail, {
+        "spectrum": {name: measure.sample_spectrum(s) for name, s in values.items()},
+        "holding": {name: measure.share_holding(e) for name, e in lost.items()},
+        "error": measure.sample_lost(lost["covariance"]),
+        "knee": measure.knee(lost["covariance"]),
+        # Read by `_spend` and taken out again: how much is dropped is not known yet.
+        "_energy": measure.direction_energy(tail.basis, weight, covariance).cumsum(0),
+        "_energy_svd": measure.direction_energy(plain.basis, weight, covariance).cumsum(0),
+        "_output": measure.output_energy(weight, covariance),
+        "_task": measure.output_energy(delta, covariance),
+    }
+
+
+def _spend(row: dict[str, Any], rank: int, dropped: int) -> None:
+    """Turn what each direction carries into what this cut removes."""
+    sums, output, task = (row.pop(key) for key in ("_energy", "_output", "_task"))
+    plain = row.pop("_energy_svd")
+    removed, removed_svd = (s[dropped - 1].item() if dropped else 0.0 for s in (sums, plain))
+    row |= {
+        "kept": rank - dropped,
+        "dropped": dropped,
+        "energy_removed": removed / output if output > 0 else 0.0,
+        "energy_removed_svd": removed_svd / output if output > 0 else 0.0,
+        "task_energy_removed": removed / task if task > 0 else None,
+    }
+
+
+def _between(
+    merge: Merge, layer: Layer, bases: Mapping[int, Tensor], device: torch.device
+) -> dict[str, Any]:
+    """Interference before and after, and whose directions coincide."""
+    # As in TSV: all tasks together have as many components as the weight has rank.
+    count = max(1, layer.rank // len(layer.own))
+    base = _wide(merge.base_weight(layer), device)
+    before, after = [], []
+    for number, basis in bases.items():
+        weight = _wide(merge.weight(layer, number), device)
+        before.append(measure.factors(weight - base, count))
+        after.append(measure.factors(subspace.purify(weight, basis) - base, count))
+    was, was_relative = measure.interference(before)
+    now, now_relative = measure.interference(after)
+    # The leading directions only: large subspaces overlap anyway.
+    top = max(1, min(count, layer.rank // 8))
+    return {
+        "interference": {"rank": count, "before": was, "after": now,
+                         "relative_before": was_relative, "relative_after": now_relative},
+        "overlap": {
+            "rank": top,
+            "chance": {"output": top / layer.shape[0], "input": top / layer.shape[1]},
+            "output": measure.overlaps([part.u[:, :top] for part in before]),
+            "input": measure.overlaps([part.v[:, :top] for part in before]),
+            "dropped": measure.overlaps([b if b.shape[1] else None for b in bases.values()]),
+        },
+    }
+
+
+def _wide(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _covariances(merge: Merge, ranks: Mapping[tuple[int, str], float]) -> list[dict[str, Any]]:
+    """Every covariance of every model; the effective rank only where it was measured."""
+    return [
+        {
+            "model": number, "site": name, "width": site.width, "tokens": site.count,
+            "tokens_per_dimension": site.count / site.width,
+            "effective_rank": ranks.get((number, name)),
+        }
+        for number, model in enumerate(merge.models)
+        for name, site in model.store.sites.items()
+    ]
+
+
+def _coverage(merge: Merge, number: int) -> dict[str, Any]:
+    found = merge.coverage[number]
+    return {what: {"tensors": reasons.total(), "reasons": dict(sorted(reasons.items()))}
+            for what, reasons in found.items()}
