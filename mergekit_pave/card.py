@@ -1,0 +1,283 @@
+"""The model card of a merge: mergekit's own, plus what it cannot know.
+
+mergekit writes README.md and mergekit_config.yml. `write_card` adds metadata, a section on
+calibration and the citation, and takes local paths out of both files. Running it again
+changes nothing; the section lies between two comments and the rest of the card is the user's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from mergekit.config import MergeConfiguration
+
+from mergekit_pave import public, record
+from mergekit_pave.check.inputs import configuration, inputs
+from mergekit_pave.errors import PaveError
+from mergekit_pave.parameters import DEFAULT_DAMPENING, PARAMETERS
+from mergekit_pave.store import write_atomically
+
+CARD, CONFIGURATION = "README.md", "mergekit_config.yml"
+# Of `mergekit-pave report`, written into the model's folder or one inside it.
+FIGURES = ("figures/spectra.png", "report/figures/spectra.png")
+TAGS = ("mergekit", "merge", "pave")
+BEGIN, END = "<!-- mergekit-pave: begin -->", "<!-- mergekit-pave: end -->"
+PAPER = "https://arxiv.org/abs/2510.14697"
+CITATION = f"""\
+```bibtex
+@misc{{pave,
+  year = {{2025}},
+  eprint = {{2510.14697}},
+  archivePrefix = {{arXiv}},
+  url = {{{PAPER}}}
+}}
+```"""
+
+
+def write_card(folder: Path | str) -> str:
+    """Complete the card of the merged model in `folder`; return its text.
+
+    Writes README.md, mergekit_config.yml and, if the merge left none, `record.NAME`: what can
+    be found out about a merge's data now may be gone when the card is written again.
+
+    Raises:
+        PaveError: no output of mergekit, or of a method that purifies nothing.
+    """
+    folder = Path(folder)
+    card_text, source = (_read(folder, name) for name in (CARD, CONFIGURATION))
+    raw = _parse(folder, source)
+    config = configuration(raw)
+    if not config.merge_method.startswith("pave_"):
+        raise PaveError(
+            f"{folder} was merged with {config.merge_method}, which purifies nothing: mergekit's "
+            "own card says all there is."
+        )
+    clean_source = public.scrub_configuration(source)
+    facts = record.read(folder)
+    known = facts is not None and facts["merge_method"] == config.merge_method
+    if not known:
+        facts = record.of_configuration(raw)
+    card = _load(folder, public.scrub(card_text, raw))
+    _complete_metadata(card, config, facts)
+    figure = next((name for name in FIGURES if (folder / name).exists()), None)
+    card.text = _with_section(card.text, section(config, facts, figure))
+    text = str(card)
+    # First, because it cannot be found out again once the configuration has lost its paths.
+    if not known:
+        record.write(folder, facts)
+    write_atomically(folder / CONFIGURATION, lambda path: path.write_text(clean_source, "utf-8"))
+    write_atomically(folder / CARD, lambda path: path.write_text(text, "utf-8"))
+    return text
+
+
+def _read(folder: Path, name: str) -> str:
+    try:
+        return (folder / name).read_text("utf-8")
+    except FileNotFoundError:
+        raise PaveError(
+            f"{folder} has no {name}: it is no output of mergekit-yaml, or was merged with "
+            "--no-write-model-card."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PaveError(f"{folder / name} cannot be read: {error}.") from error
+
+
+def _parse(folder: Path, source: str) -> Any:
+    try:
+        raw = yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise PaveError(f"{folder / CONFIGURATION} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise PaveError(f"{folder / CONFIGURATION} holds no merge configuration.")
+    return raw
+
+
+def _load(folder: Path, text: str) -> ModelCard:
+    try:
+        return ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise PaveError(
+            f"The metadata at the head of {folder / CARD} is broken ({reason}); repair the block "
+            "between the two `---` lines."
+        ) from error
+
+
+# --- metadata ------------------------------------------------------------------------------
+
+
+def _complete_metadata(card: ModelCard, config: MergeConfiguration, facts: Mapping) -> None:
+    data = card.data
+    data.tags = _unique([*(data.tags or []), *TAGS])
+    data.base_model = _parents(config, facts, data.base_model)
+    if data.base_model:
+        data.base_model_relation = "merge"
+    datasets = [m["data"]["dataset"] for m in facts["models"] if _on_hub(m["data"])]
+    data.datasets = _unique([*_listed(data.datasets), *datasets]) or None
+
+
+def _parents(config: MergeConfiguration, facts: Mapping, listed: Any) -> list[str] | None:
+    """Hub ids of base and models, in the order of the configuration; mergekit's has none."""
+    references = [config.base_model, *(entry.model for entry in inputs(config))]
+    order = [part.path for ref in references if ref for part in (ref.model, ref.lora) if part]
+    # mergekit asked the Hub about names that could be either; a name alone does not tell.
+    found = {name for name in _listed(listed) if not public.is_local(name)}
+    found |= {name for model in facts["models"] for name in model["hub"]}
+    ordered = [name for name in _unique([*order, *sorted(found)]) if name in found]
+    return [name for name in ordered if _is_repo_id(name)] or None
+
+
+def _on_hub(data: Mapping[str, Any] | None) -> bool:
+    return bool(data) and not data["local"] and _is_repo_id(data["dataset"])
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+# --- the section ---------------------------------------------------------------------------
+
+
+def section(config: MergeConfiguration, facts: Mapping, figure: str | None = None) -> str:
+    """Calibration and citation, as Markdown."""
+    parts = [
+        "## Calibration",
+        "The task vectors were purified before they were merged (PAVE, "
+        f"[arXiv 2510.14697]({PAPER})): in every linear layer, the output directions that the "
+        "fine-tuned model's own data activates least were removed from its weight.",
+        _table(facts["models"]),
+        "\n".join(f"* {line}" for line in _remarks(config, facts)),
+    ]
+    if figure:
+        parts.append(f"![Singular values, plain and weighted by the covariance]({figure})")
+    parts += ["## Citation", CITATION]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _with_section(text: str, new: str) -> str:
+    block = f"{BEGIN}\n{new}\n{END}"
+    old = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if old.search(text):
+        return old.sub(lambda _: block, text, count=1)
+    return f"{text.rstrip()}\n\n{block}\n"
+
+
+def _table(models: Iterable[Mapping[str, Any]]) -> str:
+    rows = [
+        [model["id"], _data(model["data"]), *_amounts(model["data"]), _kept(model["ranks"])]
+        for model in models
+    ]
+    if not rows:
+        return ""
+    head = ["model", "data", "samples", "tokens", "ranks kept"]
+    lines = [head, ["---", "---", "---:", "---:", "---:"], *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _data(data: Mapping[str, Any] | None) -> str:
+    if not data:
+        return "not recorded"
+    name = data["dataset"]
+    if data["local"]:
+        name += " (not published)"
+    elif _is_repo_id(name):
+        name = f"[{name}](https://huggingface.co/datasets/{name})"
+    about = [name, data.get("config"), data.get("split"), "+".join(data.get("columns") or [])]
+    return ", ".join(part for part in about if part)
+
+
+def _amounts(data: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Samples and tokens, `-` where the statistics were not found."""
+    used, tokens = (data or {}).get("used"), (data or {}).get("tokens")
+    asked = (data or {}).get("requested")
+    samples = f"{used:,}" if used else f"at most {asked:,}" if asked else "-"
+    return samples, f"{tokens:,}" if tokens else "-"
+
+
+def _kept(ranks: Mapping[str, tuple[int, int]] | None) -> str:
+    if not ranks:
+        return "-"
+    shares = [1 - dropped / full for full, dropped in ranks.values()]
+    total = 1 - sum(d for _, d in ranks.values()) / sum(full for full, _ in ranks.values())
+    return f"{total:.2%} ({min(shares):.2%} to {max(shares):.2%} per tensor)"
+
+
+def _remarks(config: MergeConfiguration, facts: Mapping[str, Any]) -> Iterator[str]:
+    yield _settings(config.parameters or {})
+    if counts := facts["tensors"]:
+        yield f"{counts['purified']} tensors were purified, {counts['plain']} merged plainly."
+    for model in facts["models"]:
+        known = model["statistics"] or {}
+        if skipped := known.get("skipped"):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+            yield f"{model['id']}: linear layers that were not purified ({reasons})."
+        if known and known["rows_per_feature"] < 1:
+            yield (
+                f"{model['id']}: some covariances come from fewer rows than features (least: "
+                f"{known['rows_per_feature']} rows per feature)."
+            )
+
+
+def _settings(parameters: Mapping[str, Any]) -> str:
+    def value(name: str) -> Any:
+        given = parameters.get(name, PARAMETERS[name].default)
+        return "as configured" if isinstance(given, (list, dict)) else given
+
+    damping = value("regularization")
+    if damping is None:
+        fraction = value("dampening_frac")
+        damping = f"{DEFAULT_DAMPENING if fraction is None else fraction} of the mean diagonal"
+    return (
+        f"Kept fraction of the ranks (`rank_ratio`): {value('rank_ratio')}; allocation: "
+        f"{value('rank_allocation')}; directions ranked by: {value('subspace')}; damping: "
+        f"{damping}."
+    )
+
+
+@click.command("card")
+@click.argument("folder", metavar="OUT", type=click.Path(exists=True, file_okay=False))
+@click.option("--push", metavar="REPO_ID", help="Upload OUT to this model repository of the Hub.")
+@click.option("--private", is_flag=True, help="Make the repository private if it is created.")
+def card_command(folder: str, push: str | None, private: bool) -> None:
+    """Complete the model card of a merge, and publish the merge if you say so.
+
+    Adds tags, parents, calibration data and the citation to the card in OUT that mergekit
+    wrote, and takes local paths out of it and of mergekit_config.yml.
+
+    \b
+    Example:
+        mergekit-pave card OUT --push me/wizard-math-code
+    """
+    from mergekit_pave.hub import push_merge
+
+    if private and not push:
+        raise PaveError("--private goes with --push REPO_ID.")
+    if push:
+        click.echo(push_merge(folder, push, private=private))
+    else:
+        write_card(folder)
+        click.echo(f"{Path(folder) / CARD}: complete.")

@@ -1,0 +1,298 @@
+"""The model card: what it adds, what it takes out, and that it can be written again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import write_texts
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from mergekit.card import generate_card
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+from mergekit_pave import public, record
+from mergekit_pave.calibration.data import CalibrationSpec
+from mergekit_pave.calibration.run import Resources, cached_store
+from mergekit_pave.card import BEGIN, card_command, write_card
+from mergekit_pave.errors import PaveError
+from mergekit_pave.plugin import register
+from mergekit_pave.sources import LoaderOptions, model_source
+from mergekit_pave.store import CovarianceStore, StoreWriter, Weight
+
+register()
+
+HUB = """\
+merge_method: pave_ties
+base_model: meta-llama/Llama-2-7b-hf
+models:
+  - model: WizardLMTeam/WizardMath-7B-V1.0
+    parameters: {weight: 1.0, density: 0.2, calibration_dataset: openai/gsm8k,
+                 calibration_config: main, text_column: "question,answer"}
+  - model: WizardLMTeam/WizardMath-7B-V1.0@other
+    parameters: {weight: 1.0, density: 0.2, calibration_dataset: openai/gsm8k}
+  - model: RedHatAI/Llama-2-7b-evolcodealpaca
+    parameters: {weight: 0.5, density: 0.2, calibration_dataset: code.jsonl}
+parameters: {rank_ratio: 0.98}
+"""
+
+
+def make_output(folder: Path, source: str) -> Path:
+    """What mergekit leaves in its output folder, without the weights."""
+    folder.mkdir(parents=True)
+    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    (folder / "README.md").write_text(generate_card(config, source, folder.name), "utf-8")
+    (folder / "mergekit_config.yml").write_text(source, "utf-8")
+    return folder
+
+
+def make_store(folder: Path, model: str = "expert", dataset: str = "openai/gsm8k",
+               local: bool = False, rows: int = 640, width: int = 64) -> CovarianceStore:
+    """A store of one site, as `calibrate` would write it."""
+    writer = StoreWriter(folder)
+    writer.add({"a.weight": (torch.eye(width), rows)})
+    weight = Weight("a.weight", (8, width), False, "float32")
+    return writer.finish(
+        {"a.weight": (weight, torch.zeros(512))}, {"lm_head.weight": "vocabulary layer"},
+        {"model": {"id": model, "revision": None, "digest": "0"},
+         "data": {"dataset": dataset, "local": local, "config": "main", "split": "train",
+                  "columns": ["text"], "seed": 42, "requested": 128, "used": 100,
+                  "tokens": 12345, "rows": "hash-of-rows", "digest": "hash-of-data"},
+         "versions": {}})
+
+
+def texts_of(folder: Path) -> str:
+    return "\n".join(path.read_text("utf-8") for path in sorted(folder.iterdir()))
+
+
+def test_metadata(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    before = ModelCard.load(out / "README.md").data
+    assert "pave" not in before.tags
+    write_card(out)
+    data = ModelCard.load(out / "README.md").data
+    assert data.tags == ["mergekit", "merge", "pave"]
+    assert data.base_model == [
+        "meta-llama/Llama-2-7b-hf", "WizardLMTeam/WizardMath-7B-V1.0",
+        "RedHatAI/Llama-2-7b-evolcodealpaca"]
+    assert data.base_model_relation == "merge"
+    assert data.datasets == ["openai/gsm8k"]
+    assert data.library_name == "transformers"
+    assert metadata_load(out / "README.md") == data.to_dict()
+    assert ModelCard(str(ModelCard.load(out / "README.md"))).data.to_dict() == data.to_dict()
+
+
+def test_intended_data_without_any_store(tmp_path):
+    text = write_card(make_output(tmp_path / "out", HUB))
+    assert "[openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k), main, train" in text
+    assert "| code.jsonl (not published), train | at most 128 | - | - |" in text
+    assert "2510.14697" in text and "(`rank_ratio`): 0.98" in text
+    assert "0.01 of the mean diagonal" in text
+
+
+LOCAL = """\
+# tried first with {home}/drafts/first.yml, see ../notes/todo.md and C:\\Users\\somebody\\plan.txt
+merge_method: pave_ties
+base_model: {root}/models/base
+models:
+  - model: {root}/models/math expert
+    parameters:
+      calibration_dataset: "{root}/private data/math.jsonl"
+  - model: meta-llama/Llama-2-7b-hf+{root}/models/adapter
+    parameters: {{covariance: ../stores/code-statistics/}}
+  - model: ~/models/other
+    parameters: {{calibration_dataset: /srv/corpora/deep/rows, rank_ratio: 0.9}}
+  - model: {home}
+    parameters: {{calibration_dataset: openai/gsm8k, text_column: "question,answer"}}
+tokenizer:
+  source: {root}/models/base
+"""
+
+
+def test_no_local_path_is_left(tmp_path, monkeypatch):
+    home = tmp_path / "home" / "somebody"
+    monkeypatch.setenv("HOME", str(home))
+    out = make_output(tmp_path / "out", LOCAL.format(root=home / "work", home=home))
+    assert "somebody" in texts_of(out)
+    text = write_card(out)
+    for secret in (str(tmp_path), "somebody", "private data", "corpora", "../", "~/", "drafts/"):
+        assert secret not in texts_of(out), secret
+    source = (out / "mergekit_config.yml").read_text("utf-8")
+    raw = yaml.safe_load(source)
+    assert raw["base_model"] == "base" and raw["tokenizer"]["source"] == "base"
+    assert [model["model"] for model in raw["models"]] == [
+        "math expert", "meta-llama/Llama-2-7b-hf+adapter", "other", "local"]
+    assert raw["models"][0]["parameters"]["calibration_dataset"] == "math.jsonl"
+    assert raw["models"][1]["parameters"]["covariance"] == "code-statistics"
+    assert raw["models"][3]["parameters"]["text_column"] == "question,answer"
+    assert source.splitlines()[0] == (
+        "# tried first with first.yml, see todo.md and plan.txt")
+    assert source in text
+    data = ModelCard(text).data
+    assert data.base_model == ["meta-llama/Llama-2-7b-hf"]
+    assert data.datasets == ["openai/gsm8k"]
+
+
+def test_only_local_models_have_no_parents(tmp_path):
+    source = "merge_method: pave_ties\nbase_model: /m/base\nmodels: [{model: /m/a}]\n"
+    data = ModelCard(write_card(make_output(tmp_path / "out", source))).data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict()
+
+
+@pytest.mark.parametrize("source", [HUB, LOCAL.format(root="/home/a/b", home="/home/a")])
+def test_writing_again_changes_nothing(tmp_path, source):
+    out = make_output(tmp_path / "out", source)
+    write_card(out)
+    once = texts_of(out)
+    write_card(out)
+    assert texts_of(out) == once
+
+
+def test_what_was_found_once_is_kept(tmp_path):
+    store = tmp_path / "secret" / "statistics"
+    make_store(store)
+    source = (f"merge_method: pave_ties\nbase_model: a/base\nmodels:\n"
+              f"  - model: a/expert\n    parameters: {{covariance: {store}}}\n")
+    out = make_output(tmp_path / "out", source)
+    first = write_card(out)
+    assert "| 100 | 12,345 | - |" in first
+    assert "vocabulary layer: 1" in first
+    shutil.rmtree(store)
+    assert write_card(out) == first
+    assert "secret" not in texts_of(out) and "hash-of-data" not in texts_of(out)
+
+
+def test_cached_store_is_found_again(tmp_path, families):
+    paths = families("llama")
+    data = write_texts(tmp_path / "rows.jsonl", rows=6)
+    source = model_source(ModelReference.model_validate(str(paths["expert0"])), LoaderOptions())
+    store = cached_store(source, CalibrationSpec(str(data)), Resources())
+    other = write_texts(tmp_path / "others.jsonl", rows=6)
+    config = {"merge_method": "pave_ties", "base_model": str(paths["base"]), "models": [
+        {"model": str(paths["expert0"]), "parameters": {"calibration_dataset": str(data)}},
+        {"model": str(paths["expert1"]), "parameters": {"calibration_dataset": str(data)}},
+        {"model": str(paths["expert0"]), "parameters": {"calibration_dataset": str(other)}}]}
+    found = record.of_configuration(config)["models"]
+    assert found[0]["data"]["tokens"] == store.manifest["data"]["tokens"]
+    assert [model["data"].get("tokens") for model in found[1:]] == [None, None]
+
+
+def kept(tmp_path, **ranks) -> SimpleNamespace:
+    models = {
+        ModelReference.model_validate(name.replace("__", "/")): r for name, r in ranks.items()}
+    stores = {model: make_store(tmp_path / str(i), rows=32) for i, model in enumerate(models)}
+    return SimpleNamespace(
+        counts={"purified": {"a", "b"}, "plain": {"c"}}, used=stores, ranks=models)
+
+
+def test_record_of_a_merge(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    state = kept(tmp_path, WizardLMTeam__Math={"a": (100, 10), "b": (300, 2)})
+    record.write(out, record.of_merge("pave_ties", state))
+    facts = record.read(out)
+    assert facts["tensors"] == {"purified": 2, "plain": 1}
+    assert facts["models"][0]["hub"] == ["WizardLMTeam/Math"]
+    assert facts["models"][0]["ranks"] == {"a": [100, 10], "b": [300, 2]}
+    text = write_card(out)
+    assert "97.00% (90.00% to 99.33% per tensor)" in text
+    assert "2 tensors were purified, 1 merged plainly" in text
+    assert "fewer rows than features (least: 0.5 rows per feature)" in text
+
+
+def test_record_of_another_merge_is_replaced(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    record.write(out, record.of_merge("pave_task_arithmetic", kept(tmp_path, x={"a": (9, 1)})))
+    assert "88.89%" not in write_card(out)
+    assert record.read(out)["merge_method"] == "pave_ties"
+
+
+def test_the_users_own_words_stay(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    card = ModelCard(write_card(out))
+    card.data.license = "llama2"
+    card.data.datasets = ["me/extra"]
+    card.text = card.text.replace("# out", "# My best merge") + "\nEvaluated with care.\n"
+    card.save(out / "README.md")
+    text = write_card(out)
+    assert "# My best merge" in text and text.endswith("Evaluated with care.\n")
+    assert text.count(BEGIN) == 1
+    data = ModelCard(text).data
+    assert data.license == "llama2" and data.datasets == ["me/extra", "openai/gsm8k"]
+
+
+def test_figure_beside_the_model(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    assert "![" not in write_card(out)
+    (out / "report" / "figures").mkdir(parents=True)
+    (out / "report" / "figures" / "spectra.png").write_bytes(b"")
+    assert "](report/figures/spectra.png)" in write_card(out)
+
+
+@pytest.mark.parametrize(("damage", "complaint"), [
+    (lambda out: (out / "README.md").unlink(), "has no README.md"),
+    (lambda out: (out / "mergekit_config.yml").unlink(), "has no mergekit_config.yml"),
+    (lambda out: (out / "mergekit_config.yml").write_text("- 1\n"), "holds no merge config"),
+    (lambda out: (out / "mergekit_config.yml").write_text("a: ["), "is not YAML"),
+    (lambda out: (out / "README.md").write_text("---\n- a\n---\n"), "is broken"),
+    (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "is broken"),
+    (lambda out: (out / record.NAME).write_text("{}"), "is damaged"),
+    (lambda out: (out / "mergekit_config.yml").write_text(HUB.replace("pave_", "")),
+     "merged with ties"),
+])
+def test_refusals(tmp_path, damage, complaint):
+    out = make_output(tmp_path / "out", HUB)
+    damage(out)
+    before = texts_of(out)
+    with pytest.raises(PaveError, match=complaint):
+        write_card(out)
+    assert texts_of(out) == before
+
+
+def test_command(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    result = CliRunner().invoke(card_command, [str(out)])
+    assert result.exit_code == 0, result.output
+    assert BEGIN in (out / "README.md").read_text("utf-8")
+    assert json.loads((out / record.NAME).read_text("utf-8"))["format"] == 1
+    result = CliRunner().invoke(card_command, [str(out), "--private"])
+    assert result.exit_code == 1 and "--push" in result.output
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+    ("gpt2", "gpt2"),
+    ("https://host/data.jsonl", "https://host/data.jsonl"),
+    ("/a/b/", "b"),
+    ("~/x/y.jsonl", "y.jsonl"),
+    ("./models/a", "a"),
+    ("a/b/c", "c"),
+    ("rows.jsonl", "rows.jsonl"),
+    ("C:\\data\\x", "x"),
+    ("file:///srv/x.jsonl", "x.jsonl"),
+    ("/home/somebody", "local"),
+    ("~", "local"),
+    ("/", "local"),
+    ("/models/123", "./123"),
+])
+def test_public_names(path, name):
+    assert public.name_of(path) == name
+    assert public.name_of(name) == name
+
+
+@pytest.mark.parametrize("text", [
+    "see https://huggingface.co/a/b/c and [this](https://arxiv.org/abs/1)", "either/or, 1/2/3",
+    "</details>", "TIES / DARE", "model.layers/0", "100 MB/s"])
+def test_scrub_leaves_the_rest(text):
+    assert public.scrub(text, {}) == text
+
+
+def test_path_that_cannot_be_cut_out_is_refused():
+    with pytest.raises(PaveError, match="could not be taken out"):
+        public.scrub_configuration('base_model: "/srv/my\n  models/a b/base"\n')
