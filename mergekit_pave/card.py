@@ -34,6 +34,8 @@ PAPER = "https://arxiv.org/abs/2510.14697"
 CITATION = f"""\
 ```bibtex
 @misc{{pave,
+  title = {{Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging}},
+  author = {{Bang An and Yibo Yang and Philip Torr and Bernard Ghanem}},
   year = {{2025}},
   eprint = {{2510.14697}},
   archivePrefix = {{arXiv}},

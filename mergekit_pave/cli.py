@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -16,8 +17,26 @@ from mergekit_pave.plugin import register
 # `register` has found a mergekit that has it.
 
 
+# Imported when they are asked for: each brings more than a merge or a calibration needs.
+_ELSEWHERE = {
+    "report": "mergekit_pave.report.cli:report",
+    "suggest": "mergekit_pave.suggest:suggest_cli",
+    "card": "mergekit_pave.card:card_command",
+    "publish": "mergekit_pave.hub:publish_command",
+}
+
+
 class _Group(click.Group):
     """Prints one line for what goes wrong; the traceback only with `-v`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _ELSEWHERE:
+            module, _, attribute = _ELSEWHERE[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        return super().get_command(ctx, name)
 
     def invoke(self, ctx: click.Context):
         verbose = ctx.params.get("verbose")
@@ -83,10 +102,10 @@ def _checked(parameter: Parameter, value):
 @click.option("--device", default="cpu", show_default=True,
               help="Kind of device for the forward passes: cpu, cuda, ..., or auto for the "
               "accelerator that is there.")
-@click.option("--max-memory", help="Main memory for weights, such as 8GiB; what does not fit is "
-              "read from the shards as it is needed.")
+@click.option("--max-memory", help="Main memory for weights, such as 8GiB, in each process; what "
+              "does not fit is read from the shards as it is needed.")
 @click.option("--statistics-memory", help="Memory for second moments held at a time, such as "
-              "2GiB; a smaller one means more passes over the data.")
+              "2GiB, in each process; a smaller one means more passes over the data.")
 @click.option("--lora-merge-cache", help="Folder for the merged copy of MODEL+ADAPTER.")
 @click.option("--transformers-cache", help="Folder for downloads.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run code.")
@@ -103,32 +122,54 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
         mergekit-pave calibrate ./my-model --dataset ./task.jsonl -o my-model-covariance
         mergekit-pave calibrate WizardLMTeam/WizardMath-7B-V1.0 --dataset openai/gsm8k \\
             --config main --text-column question,answer -o wizardmath-covariance
+
+    \b
+    Several processes share the samples and give the covariances of one; each holds the model,
+    on the device of its own if there are several. On a machine with GPUs, one with CPUs only,
+    and two with 8 GPUs each (the same command on both, --machine_rank 1 on the second):
+        accelerate launch --num_processes 4 -m mergekit_pave calibrate MODEL \\
+            --dataset ./task.jsonl --device cuda -o DIR
+        accelerate launch --multi_gpu --num_processes 2 --num_cpu_threads_per_process 8 \\
+            -m mergekit_pave calibrate MODEL --dataset ./task.jsonl -o DIR
+        accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 \\
+            --main_process_ip 10.0.0.1 --main_process_port 29500 \\
+            -m mergekit_pave calibrate MODEL --dataset ./task.jsonl --device cuda -o DIR
+    The first process reads the data and writes DIR. To accelerate, --multi_gpu means several
+    processes: without it a machine that has no two GPUs gets one.
     """
     register()
     from mergekit_pave.calibration.data import CalibrationSpec
-    from mergekit_pave.calibration.run import Resources, calibrate_to, parse_bytes
+    from mergekit_pave.calibration.run import Resources, Workers, calibrate_to, parse_bytes
     from mergekit_pave.check.inputs import model_reference
     from mergekit_pave.check.models import read_config
     from mergekit_pave.sources import LoaderOptions, model_source
 
     resources = Resources(
-        _device(device),
+        device_of(device),
         parse_bytes("--max-memory", max_memory),
         parse_bytes("--statistics-memory", statistics_memory),
     )
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    reference = model_reference(model)
-    read_config(reference, options)
-    source = model_source(reference, options)
     spec = CalibrationSpec.from_parameters(calibration)
-    store = calibrate_to(source, spec, output, resources)
+
+    def find():
+        reference = model_reference(model)
+        read_config(reference, options)
+        return model_source(reference, options)
+
+    with Workers.launched(resources.device) as workers:
+        source = workers.once_per_machine(find)
+        store = calibrate_to(source, spec, output, resources, workers)
+    if store is None:
+        return
     click.echo(
         f"{output}: {len(store.sites)} covariances for {len(store.weights)} weights from "
         f"{store.manifest['data']['tokens']} tokens; {len(store.skipped)} weights left out."
     )
 
 
-def _device(name: str):
+def device_of(name: str):
+    """The torch device of `--device`; raises `BadParameter` for one that is not here."""
     import torch
 
     here = torch.accelerator.current_accelerator(check_available=True)

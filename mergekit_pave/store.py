@@ -11,6 +11,7 @@ a folder with a manifest is whole, one without is a calibration to be resumed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_pave.covariance import fold, unfold
+from mergekit_pave.covariance import SecondMoment, fold, unfold
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint, same
 
@@ -61,7 +62,9 @@ def write_atomically(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PaveError(
@@ -70,6 +73,25 @@ def write_atomically(path: Path, write) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or a folder's names survive a power cut.
+
+    Else a disk may keep the rename and lose the content: a manifest of files that are empty.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # Windows opens no folders.
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # What network and FUSE file systems say that cannot promise it.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class StoreWriter:
@@ -84,6 +106,8 @@ class StoreWriter:
                 f"Cannot create the covariance store {self.folder}: {error.strerror}; set "
                 "MERGEKIT_PAVE_CACHE to a folder that can be written."
             ) from error
+        for left in self.folder.glob(".*.tmp"):  # by a process that was killed while writing
+            left.unlink(missing_ok=True)
         self.sites: dict[str, Site] = {}
         self._next = 0
         for file in sorted(self.folder.glob("covariance-*.safetensors")):
@@ -92,12 +116,25 @@ class StoreWriter:
 
     def add(self, covariances: Mapping[str, tuple[Tensor, int]]) -> None:
         """Write one window: site -> (covariance `(width, width)` float32, rows)."""
+        self._write({name: fold(c.cpu()) for name, (c, _) in covariances.items()},
+                    {name: rows for name, (_, rows) in covariances.items()})
+
+    def take(self, moments: dict[str, SecondMoment]) -> None:
+        """Write the window of these sums, and let go of each as soon as it is folded."""
+        folded, counts = {}, {}
+        while moments:
+            name = next(iter(moments))
+            moment = moments.pop(name)
+            folded[name] = fold(moment.sum.cpu()).div_(moment.count)
+            counts[name] = moment.count
+        self._write(folded, counts)
+
+    def _write(self, folded: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         file = self.folder / f"covariance-{self._next:05d}.safetensors"
         self._next += 1
-        folded = {name: fold(c.cpu()).contiguous() for name, (c, _) in covariances.items()}
         sites = {
-            name: Site(c.shape[0], count, file.name, _crc32(folded[name]))
-            for name, (c, count) in covariances.items()
+            name: Site(matrix.shape[1] - 1, counts[name], file.name, _crc32(matrix))
+            for name, matrix in folded.items()
         }
         metadata = {"sites": json.dumps({name: asdict(site) for name, site in sites.items()})}
         write_atomically(file, lambda path: save_file(folded, path, metadata=metadata))

@@ -7,10 +7,12 @@ inputs: an offloaded layer's weight is not there to be read.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +92,19 @@ def forward(model: PreTrainedModel, batch: Batch, device: torch.device | None = 
     }
     if "input_ids" in inputs and getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
+    if "logits_to_keep" in _arguments(type(model)):
+        # The logits of every token are often larger than all that is collected.
+        inputs["logits_to_keep"] = 1
     try:
         with torch.inference_mode():
             model(**inputs)
     except _Stop:
         pass
+
+
+@cache
+def _arguments(model: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def plan_sites(
@@ -165,14 +175,12 @@ def collect_window(
         NotFinite: an input holds NaN or Inf.
     """
     moments = {site.name: SecondMoment(site.width) for site in window}
-    finite: dict[str, Tensor] = {}
     remaining = expected = sum(site.calls for site in window)
     stop_early = all(site.calls for site in window)
 
     def see(name: str, x: Tensor) -> None:
         nonlocal remaining
         moments[name].add(x)
-        finite[name] = torch.isfinite(x).all()
         remaining -= 1
         if stop_early and remaining == 0:
             raise _Stop
@@ -181,16 +189,21 @@ def collect_window(
         for number, batch in enumerate(batches):
             remaining = expected
             forward(model, batch)
-            bad = [name for name, good in finite.items() if not good]
+            bad = _first_not_finite(moments)
             if bad:
                 raise NotFinite(
-                    f"the input of {bad[0].removesuffix('.weight')} holds NaN or Inf in "
+                    f"the input of {bad.removesuffix('.weight')} holds NaN or Inf in "
                     f"calibration batch {number} ({_shape(batch)}): the model overflows or its "
                     "weights are broken; check that it runs on this data at all."
                 )
-            finite.clear()
             progress.update()
     return moments
+
+
+def _first_not_finite(moments: Mapping[str, SecondMoment]) -> str | None:
+    """The first site that has seen NaN or Inf."""
+    seen = {name: moment.finite() for name, moment in moments.items() if moment.count}
+    return next((name for name, finite in seen.items() if not finite), None)
 
 
 def _shape(batch: Batch) -> str:

@@ -140,7 +140,7 @@ def load_model(
 
     Args:
         source: the model.
-        device: `cpu`, or the accelerator kind to use (all devices of that kind are used).
+        device: `cpu`, an accelerator (`cuda:1`), or a kind of them, of which all are used.
         max_memory: bytes of weights to hold in main memory; the rest is read from the
             shards as it is needed. By default what is free, less a reserve.
 
@@ -204,8 +204,9 @@ def _compute_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtyp
 def _accelerator_memory(device: torch.device, room: int) -> dict[int | str, int]:
     # Statistics, activations and the workspace of their products share the card.
     module = torch.get_device_module(device)
+    indices = range(module.device_count()) if device.index is None else [device.index]
     limits: dict[int | str, int] = {
-        index: int(module.mem_get_info(index)[0] * 0.5) for index in range(module.device_count())
+        index: int(module.mem_get_info(index)[0] * 0.5) for index in indices
     }
     return {**limits, "cpu": room}
 

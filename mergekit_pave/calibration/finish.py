@@ -1,0 +1,91 @@
+"""The end of a calibration: which weights the finished sites serve, and what to warn about."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from accelerate.utils import align_module_device
+from torch import nn
+
+from mergekit_pave.calibration.collect import SitePlan
+from mergekit_pave.calibration.data import Samples
+from mergekit_pave.calibration.model import LinearLayers, ModelSource, is_transposed
+from mergekit_pave.errors import PaveError
+from mergekit_pave.fingerprint import fingerprint
+from mergekit_pave.store import CovarianceStore, StoreWriter, Weight
+
+logger = logging.getLogger(__name__)
+
+
+def finish(
+    writer: StoreWriter,
+    source: ModelSource,
+    samples: Samples,
+    layers: LinearLayers,
+    sites: Sequence[SitePlan],
+    model_digest: str,
+) -> CovarianceStore:
+    """Write fingerprints and manifest of a store whose covariances are all there.
+
+    Raises:
+        PaveError: no layer saw an input.
+    """
+    weights, skipped = {}, dict(layers.skipped)
+    for site in sites:
+        for name in site.weights:
+            if site.name in writer.sites:
+                weights[name] = _entry(site.name, layers.modules[name])
+            else:
+                what = "zero throughout" if site.calls else "never seen in"
+                skipped[name] = f"its input was {what} the forward passes"
+    if not weights:
+        raise PaveError(
+            f"No linear layer of {source.label} saw an input other than zero during "
+            "calibration: it overflows, or its architecture cannot be purified."
+        )
+    _warn_about(source, writer, skipped)
+    about = {
+        "model": {"id": source.label, "revision": source.revision, "digest": model_digest},
+        "data": {**samples.notes, "tokens": samples.tokens, "digest": samples.digest},
+        "versions": {
+            name: version(name) for name in ("mergekit-pave", "torch", "transformers", "accelerate")
+        },
+    }
+    return writer.finish(weights, skipped, about)
+
+
+def _entry(site: str, module: nn.Module):
+    with align_module_device(module):
+        weight = module.weight
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return Weight(site, tuple(weight.shape), is_transposed(module), dtype), fingerprint(weight)
+
+
+def culprit(source: ModelSource) -> str | None:
+    """The sentence about a checkpoint that is broken itself."""
+    for name, tensor in source.tensors():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return (
+                f"{name} of {source.label} holds NaN or Inf; download or save that checkpoint "
+                "again."
+            )
+    return None
+
+
+def _warn_about(source: ModelSource, writer: StoreWriter, skipped: dict[str, str]) -> None:
+    unseen = [name for name, reason in skipped.items() if reason.startswith(("its", "fused"))]
+    if unseen:
+        logger.warning(
+            "%s: %d weights cannot be purified and keep the plain task vector, e.g. %s (%s).",
+            source.label, len(unseen), unseen[0], skipped[unseen[0]],
+        )
+    short = [(s.count / s.width, name) for name, s in writer.sites.items() if s.count < s.width]
+    if short:
+        ratio, name = min(short)
+        logger.warning(
+            "%s: %d of %d covariances come from fewer rows than features (least: %s, %.2f rows "
+            "per feature); about %.0f times as many samples would fill them.",
+            source.label, len(short), len(writer.sites), name, ratio, 1 / ratio,
+        )
