@@ -109,8 +109,11 @@ def _checked(parameter: Parameter, value):
 @click.option("--lora-merge-cache", help="Folder for the merged copy of MODEL+ADAPTER.")
 @click.option("--transformers-cache", help="Folder for downloads.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run code.")
+@click.option("--push", metavar="REPO_ID", help="Publish the finished store as this data set of "
+              "the Hub, with a card that says what it holds and what it can leak.")
+@click.option("--private", is_flag=True, help="Make that data set private if it is created.")
 def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_cache,
-              transformers_cache, trust_remote_code, **calibration) -> None:
+              transformers_cache, trust_remote_code, push, private, **calibration) -> None:
     """Compute MODEL's covariances on its own task data and write a store.
 
     The store holds second moments of layer inputs, no text. Name it under `covariance:` in a
@@ -138,11 +141,12 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
     processes: without it a machine that has no two GPUs gets one.
     """
     register()
+    from mergekit_pave import hub
     from mergekit_pave.calibration.data import CalibrationSpec
     from mergekit_pave.calibration.run import Resources, Workers, calibrate_to, parse_bytes
     from mergekit_pave.check.inputs import model_reference
     from mergekit_pave.check.models import read_config
-    from mergekit_pave.sources import LoaderOptions, model_source
+    from mergekit_pave.locate import LoaderOptions, model_source
 
     resources = Resources(
         device_of(device),
@@ -151,6 +155,8 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
     )
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     spec = CalibrationSpec.from_parameters(calibration)
+    if push:
+        hub.check_target(push)  # before hours of work
 
     def find():
         reference = model_reference(model)
@@ -166,6 +172,8 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
         f"{output}: {len(store.sites)} covariances for {len(store.weights)} weights from "
         f"{store.manifest['data']['tokens']} tokens; {len(store.skipped)} weights left out."
     )
+    if push:
+        click.echo(hub.push_store(output, push, private=private))
 
 
 def device_of(name: str):
@@ -210,7 +218,7 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
     from mergekit_pave.check import Allowances, read_yaml
     from mergekit_pave.check import check as run_check
     from mergekit_pave.estimate import estimates
-    from mergekit_pave.sources import LoaderOptions
+    from mergekit_pave.locate import LoaderOptions
 
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     try:

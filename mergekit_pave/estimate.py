@@ -16,7 +16,7 @@ from mergekit_pave.calibration.collect import SitePlan, plan_sites
 from mergekit_pave.calibration.model import empty_model, linear_layers
 from mergekit_pave.check.inputs import calibration_spec, configuration, inputs
 from mergekit_pave.check.models import read_config
-from mergekit_pave.sources import LoaderOptions
+from mergekit_pave.locate import LoaderOptions
 
 logger = logging.getLogger(__name__)
 

@@ -98,8 +98,8 @@ def _guard(module: ModuleType) -> None:
     @functools.wraps(original)
     def run_merge(merge_config, out_path, options, config_source=None):
         from mergekit_pave import check, record
+        from mergekit_pave.locate import LoaderOptions
         from mergekit_pave.method import PREFIX
-        from mergekit_pave.sources import LoaderOptions
 
         name = merge_config.merge_method
         if not name.startswith(PREFIX) and not check.looks_like_ours(name):

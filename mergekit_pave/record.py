@@ -32,8 +32,8 @@ from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.check.inputs import Input, calibration_spec, configuration, inputs
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest
+from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
 from mergekit_pave.public import is_local, name_of
-from mergekit_pave.sources import LoaderOptions, fetch_store, model_source
 from mergekit_pave.store import MANIFEST, CovarianceStore, write_atomically
 
 NAME = "pave_report.json"

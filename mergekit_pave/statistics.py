@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.calibration.model import (
+    ModelSource,
     empty_model,
     is_transposed,
     linear_layers,
@@ -29,8 +30,8 @@ from mergekit_pave.calibration.model import (
 )
 from mergekit_pave.calibration.run import Resources, cached_store
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
 from mergekit_pave.parameters import CALIBRATION
-from mergekit_pave.sources import LoaderOptions, fetch_store, model_source
 from mergekit_pave.store import CovarianceStore, same_layer
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,29 @@ class Cut:
     full: int
     dropped: int
     removed: float
+
+
+def open_store(
+    source: ModelSource, values: Mapping[str, Any], options: LoaderOptions, device: torch.device
+) -> CovarianceStore:
+    """A model's covariances: the store it names, else the cached one, computed if need be.
+
+    Args:
+        source: the model.
+        values: its parameters by name, `covariance` or the calibration keys among them.
+        options: for a store that has to be downloaded.
+        device: for forward passes.
+
+    Raises:
+        PaveError: no store, no data, or statistics of other weights.
+    """
+    if values["covariance"]:
+        store = fetch_store(values["covariance"], options)
+    else:
+        spec = CalibrationSpec.from_parameters(values)
+        store = cached_store(source, spec, Resources.from_environment(device.type))
+    store.verify(source.tensors(), source.label)
+    return store
 
 
 class Statistics:
@@ -208,28 +232,21 @@ class Statistics:
     def _open(
         self, model: Hashable, values: Mapping[str, Any], device: torch.device
     ) -> CovarianceStore:
-        if values["covariance"]:
-            store = fetch_store(values["covariance"], self._options)
-            if isinstance(model, ModelReference):
-                source = model_source(model, self._options)
-                store.verify(source.tensors(), source.label)
-            return store
-        if not values["calibration_dataset"]:
-            raise PaveError(
-                f"{model} has no calibration data: set calibration_dataset (its own task data) "
-                "or covariance (a store) under its parameters, or rank_ratio: 1.0."
-            )
         if not isinstance(model, ModelReference):
+            if values["covariance"]:
+                return fetch_store(values["covariance"], self._options)
             raise PaveError(
                 f"Input {model!r} is a tensor in memory, which cannot be calibrated: write a "
                 "store with `mergekit-pave calibrate` and give it as covariance."
             )
+        if not (values["covariance"] or values["calibration_dataset"]):
+            raise PaveError(
+                f"{model} has no calibration data: set calibration_dataset (its own task data) "
+                "or covariance (a store) under its parameters, or rank_ratio: 1.0."
+            )
         source = model_source(model, self._options)
-        spec = CalibrationSpec.from_parameters(values)
         with torch.device("cpu"):
-            store = cached_store(source, spec, Resources.from_environment(device.type))
-        store.verify(source.tensors(), source.label)
-        return store
+            return open_store(source, values, self._options, device)
 
     def _layer_by_name(self, model: Hashable, name: str | None, tensor: Tensor) -> Layer | None:
         """For the ablations without data: the layers of the model's class, by name."""

@@ -11,12 +11,11 @@ a folder with a manifest is whole, one without is a calibration to be resumed.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.covariance import SecondMoment, fold, unfold
+from mergekit_pave.disk import to_disk
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint, same
 
@@ -57,14 +57,14 @@ class Weight:
     dtype: str
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)`, then give the file its name in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _to_disk(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PaveError(
@@ -73,25 +73,6 @@ def write_atomically(path: Path, write) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file or a folder's names survive a power cut.
-
-    Else a disk may keep the rename and lose the content: a manifest of files that are empty.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return  # Windows opens no folders.
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # What network and FUSE file systems say that cannot promise it.
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 class StoreWriter:

@@ -223,10 +223,10 @@ def suggest_cli(config: Path, layers, device, lora_merge_cache, transformers_cac
     import tempfile
 
     from mergekit_pave.calibration.run import cache_folder
+    from mergekit_pave.locate import LoaderOptions
     from mergekit_pave.report import heldout
     from mergekit_pave.report.gather import open_merge
     from mergekit_pave.report.sample import choose
-    from mergekit_pave.sources import LoaderOptions
 
     if held_out and fraction:
         raise click.UsageError("--held-out and --split exclude each other.")

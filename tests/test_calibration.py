@@ -10,13 +10,21 @@ import torch
 import transformers
 from conftest import CLASSES, make_family, write_texts, write_tokenizer
 from torch import nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave.calibration import run as calibration_run
-from mergekit_pave.calibration.collect import SitePlan, plan_sites, windows
+from mergekit_pave.calibration.collect import (
+    NotFinite,
+    SitePlan,
+    collect_window,
+    plan_sites,
+    windows,
+)
 from mergekit_pave.calibration.data import CalibrationSpec, load_samples
 from mergekit_pave.calibration.model import ModelSource, linear_layers, load_model
 from mergekit_pave.calibration.run import Resources, cached_store, calibrate_to
+from mergekit_pave.covariance import SecondMoment, fold, unfold
 from mergekit_pave.errors import PaveError
 from mergekit_pave.store import MANIFEST
 
@@ -107,6 +115,31 @@ def test_disk_offload_reads_the_shards_in_place(families):
     assert any(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["pickled", "experts"])
+def test_weights_that_shards_do_not_hold_ready_are_offloaded_too(tmp_path, texts, kind):
+    """transformers writes these anew, somewhere; nothing of it may stay in the store."""
+    torch.manual_seed(0)
+    common = dict(vocab_size=94, num_hidden_layers=2, num_attention_heads=4, hidden_size=32,
+                  intermediate_size=48, num_key_value_heads=2)
+    path = tmp_path / "model"
+    if kind == "pickled":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
+        model.save_pretrained(path)
+        (path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), path / "pytorch_model.bin")
+    else:
+        config = transformers.MixtralConfig(**common, num_local_experts=4)
+        transformers.MixtralForCausalLM(config).save_pretrained(path)
+    write_tokenizer(path)
+    source, spec = source_of(path), spec_of(texts[0])
+    whole = calibrate_to(source, spec, tmp_path / "whole", Resources())
+    store = calibrate_to(source, spec, tmp_path / "s", Resources(max_memory=20_000))
+    assert store.weights == whole.weights and store.sites.keys() == whole.sites.keys()
+    for site in whole.sites:
+        torch.testing.assert_close(store.covariance(site), whole.covariance(site))
+    assert not list(store.folder.glob(".offload*"))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side_changes_nothing(tmp_path, texts, side):
     path = make_family(tmp_path, "llama", experts=1)["expert0"]
@@ -141,6 +174,28 @@ def test_unreached_and_repeated_layers_do_not_share():
     modules = {"a": model.a, "b": model.b, "c": model.c}
     sites = plan_sites(model, modules, {"x": torch.ones(2, 3)})
     assert {(s.weights, s.calls) for s in sites} == {(("a",), 2), (("b",), 2), (("c",), 0)}
+
+
+def test_inputs_that_are_not_finite_are_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    modules = {"0.weight": model[0], "1.weight": model[1]}
+    window = [SitePlan((name,), 3, 1) for name in modules]
+    model.device, model.dtype, model.config = torch.device("cpu"), torch.float32, None
+    for value in (float("nan"), float("inf"), float("-inf")):
+        good, bad = torch.ones(2, 3), torch.ones(2, 3)
+        bad[1, 2] = value
+        with pytest.raises(NotFinite, match="input of 0 holds NaN or Inf in calibration batch 1"):
+            collect_window(model, modules, window, [{"input": good}, {"input": bad}], tqdm())
+
+
+@pytest.mark.parametrize("width", [5, 256, 700, 2100])
+def test_sums_by_blocks_are_the_whole_product(width):
+    x = torch.randn(50, width, generator=torch.Generator().manual_seed(width))
+    moment = SecondMoment(width).add(x[:20]).add(x[20:])
+    expected = x.double().T @ x.double() / 50
+    assert (moment.mean - expected).norm() < 1e-6 * expected.norm()
+    assert torch.equal(moment.mean, moment.mean.T)
+    assert torch.equal(unfold(fold(moment.sum).div_(50)), moment.mean)
 
 
 def test_windows_fit_the_budget():

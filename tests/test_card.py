@@ -23,8 +23,8 @@ from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.calibration.run import Resources, cached_store
 from mergekit_pave.card import BEGIN, card_command, write_card
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions, model_source
 from mergekit_pave.plugin import register
-from mergekit_pave.sources import LoaderOptions, model_source
 from mergekit_pave.store import CovarianceStore, StoreWriter, Weight
 
 register()

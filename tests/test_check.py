@@ -14,8 +14,8 @@ from mergekit.config import MergeConfiguration
 from mergekit_pave.calibration.model import ModelSource
 from mergekit_pave.check import Allowances, check, looks_like_ours, preflight, read_yaml
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.plugin import register
-from mergekit_pave.sources import LoaderOptions
 
 register()
 OPTIONS = LoaderOptions()

@@ -114,7 +114,7 @@ def test_two_processes_share_one_cache(families, texts, tmp_path):
 
 
 def test_no_merge_from_a_partial_store(families, texts, tmp_path):
-    from mergekit_pave.sources import LoaderOptions, fetch_store
+    from mergekit_pave.locate import LoaderOptions, fetch_store
 
     writer = StoreWriter(tmp_path / "s")
     writer.add({"a": (torch.eye(2), 1)})

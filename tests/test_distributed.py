@@ -78,7 +78,8 @@ def test_a_process_that_dies_ends_the_job_and_the_rest_is_resumed(families, text
     start = time.monotonic()
     ended = launch(script, *arguments)
     assert ended.returncode != 0 and time.monotonic() - start < 200
-    assert "SIGKILL" in ended.stderr or "signal 9" in ended.stderr.lower(), ended.stderr
+    assert ended.stderr.count("Error: Another process of this calibration has ended") == 1
+    assert "goes on after the last finished window" in ended.stderr
     assert not (folder / MANIFEST).exists()
     before = {file: file.stat().st_mtime_ns for file in folder.glob("covariance-*")}
     assert len(before) == 2
@@ -87,6 +88,15 @@ def test_a_process_that_dies_ends_the_job_and_the_rest_is_resumed(families, text
     assert before.items() <= {f: f.stat().st_mtime_ns for f in folder.iterdir()}.items()
     assert_equal(resumed, calibrate_to(source_of(path), spec_of(texts[0]), tmp_path / "one",
                                        Resources()))
+
+
+@pytest.mark.slow
+def test_a_launched_job_tells_an_error_once(families, tmp_path):
+    ended = launch("-m", "mergekit_pave", "calibrate", families("llama")["expert0"], "--dataset",
+                   tmp_path / "none.jsonl", "-o", tmp_path / "s")
+    assert ended.returncode != 0 and ended.stderr.count("Error: ") == 1 + ended.stderr.count(
+        "ChildFailedError: "), ended.stderr
+    assert "none.jsonl" in ended.stderr
 
 
 def _process(rank: int, count: int, port: int, target, arguments, answers) -> None:
@@ -127,8 +137,8 @@ def _dies(target, rank: int) -> bool:
 
 def _calibrate(workers: Workers, path: Path, data: Path, samples: int, folder: Path):
     spec = spec_of(data, num_samples=samples)
-    store = calibrate_to(source_of(path), spec, folder, Resources(statistics_memory=16_000), workers)
-    return store is not None
+    resources = Resources(statistics_memory=16_000)
+    return calibrate_to(source_of(path), spec, folder, resources, workers) is not None
 
 
 def test_more_processes_than_samples(families, texts, tmp_path):

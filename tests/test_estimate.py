@@ -12,7 +12,7 @@ from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.calibration.model import ModelSource, linear_layers
 from mergekit_pave.calibration.run import Resources, calibrate_to
 from mergekit_pave.estimate import estimates, sites_of
-from mergekit_pave.sources import LoaderOptions
+from mergekit_pave.locate import LoaderOptions
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "roberta", "deberta", "t5"])

@@ -339,3 +339,18 @@ def test_store_card_names_no_local_data(tmp_path):
 ])
 def test_store_card_says_what_can_leak(tmp_path, rows, warning):
     assert warning in store_card(make_store(tmp_path / "s", rows=rows))
+
+
+def test_calibrate_pushes_what_it_has_written(hub, families, texts, tmp_path):
+    from mergekit_pave.cli import main
+
+    command = ["calibrate", str(families("llama")["expert0"]), "--dataset", str(texts[0]),
+               "-o", str(tmp_path / "store"), "--push"]
+    refused = CliRunner().invoke(main, [*command, "not a name"])
+    assert refused.exit_code == 1 and "write USER/NAME" in refused.output
+    assert not (tmp_path / "store").exists()
+    done = CliRunner().invoke(main, [*command, "me/stats", "--private"])
+    assert done.exit_code == 0, done.output
+    assert "datasets/me/stats" in done.output
+    published = hub.repos["datasets/me/stats"]
+    assert {"manifest.json", "README.md", "fingerprints.safetensors"} <= published.keys()

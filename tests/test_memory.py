@@ -27,7 +27,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from mergekit_pave import cli
-import mergekit_pave.calibration.run, mergekit_pave.check.models, mergekit_pave.sources
+import mergekit_pave.calibration.run, mergekit_pave.check.models, mergekit_pave.locate
 import transformers.models.llama.modeling_llama, accelerate.big_modeling
 import torch
 torch.randn(512, 512) @ torch.randn(512, 512)

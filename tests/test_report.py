@@ -19,12 +19,12 @@ from conftest import recipe
 
 import mergekit_pave
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.report import gather, measure, page, sample
 from mergekit_pave.report.build import build
 from mergekit_pave.report.cli import report as report_command
 from mergekit_pave.report.figures import drawings
 from mergekit_pave.report.summary import summarise
-from mergekit_pave.sources import LoaderOptions
 
 CPU = torch.device("cpu")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -35,7 +35,8 @@ def test_streamed_moments_equal_the_moment_of_all_rows(sizes, dtype):
         moment.add(chunk)
     rows = torch.cat(chunks).reshape(-1, 5).double()
     assert moment.count == len(rows) and moment.sum.dtype != torch.bfloat16
-    torch.testing.assert_close(moment.mean.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-5)
+    expected = rows.T @ rows / len(rows)
+    torch.testing.assert_close(moment.mean.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(moment.mean, moment.mean.T)
 
 
@@ -95,7 +96,8 @@ def test_values_decide_which_layer_it_is(store):
 
 def test_other_weights_are_refused_when_opened(store):
     store.verify(iter(store.originals.items()), "mine")
-    store.verify(iter([("layers.0.up.weight", store.originals["model.layers.0.up.weight"])]), "mine")
+    first = store.originals["model.layers.0.up.weight"]
+    store.verify(iter([("layers.0.up.weight", first)]), "mine")
     with pytest.raises(PaveError, match="no weight in common with mine"):
         store.verify(iter([("other.weight", torch.randn(6, 4))]), "mine")
     changed = {n: w + 1e-3 * (i == 1) for i, (n, w) in enumerate(store.originals.items())}

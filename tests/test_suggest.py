@@ -13,9 +13,9 @@ from mergekit.config import MergeConfiguration, evaluate_setting
 
 from mergekit_pave import allocation, suggest
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.report import gather, heldout, spending
 from mergekit_pave.report.spending import DAMPINGS, RATIOS, Seen, Spent
-from mergekit_pave.sources import LoaderOptions
 
 CPU = torch.device("cpu")
 RANK = 400

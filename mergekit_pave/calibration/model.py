@@ -134,7 +134,11 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
 
 
 def load_model(
-    source: ModelSource, *, device: torch.device, max_memory: int | None = None
+    source: ModelSource,
+    *,
+    device: torch.device,
+    max_memory: int | None = None,
+    scratch: Path | None = None,
 ) -> PreTrainedModel:
     """Load for forward passes only, placed by accelerate; weights may stay in their shards.
 
@@ -143,6 +147,8 @@ def load_model(
         device: `cpu`, an accelerator (`cuda:1`), or a kind of them, of which all are used.
         max_memory: bytes of weights to hold in main memory; the rest is read from the
             shards as it is needed. By default what is free, less a reserve.
+        scratch: folder for a copy of those weights that cannot be read from their shards:
+            of pickled checkpoints, and those that transformers rearranges (experts).
 
     Raises:
         PaveError: the checkpoint is quantised, or transformers cannot load it.
@@ -157,6 +163,8 @@ def load_model(
         placement = {"device_map": "auto", "max_memory": _accelerator_memory(device, room)}
     elif size > room:
         placement = {"device_map": "auto", "max_memory": {"cpu": room}}
+    if placement and scratch is not None:
+        placement["offload_folder"] = str(scratch)
     cls = model_class(config)
     extra = {} if not source.trust_remote_code else {"trust_remote_code": True}
     try:

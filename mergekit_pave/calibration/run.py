@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -150,12 +151,33 @@ def calibrate(
     """
     identity = {"model": model_digest, "data": samples.digest, "format": FORMAT}
     resources = workers.limit(resources)
-    with workers.together():
-        writer = _begin(folder, identity) if workers.main else None
-        model = load_model(source, device=resources.device, max_memory=resources.max_memory)
-        layers = linear_layers(model)
-        if not layers.modules:
-            raise PaveError(f"{source.label} has no linear layer that could be purified.")
+    scratch = folder / f".offload-{workers.rank}"
+    with ExitStack() as made:
+        made.callback(shutil.rmtree, scratch, ignore_errors=True)
+        with workers.together():
+            writer = _begin(folder, identity) if workers.main else None
+            model = load_model(source, device=resources.device, max_memory=resources.max_memory,
+                               scratch=scratch)
+            layers = linear_layers(model)
+            if not layers.modules:
+                raise PaveError(f"{source.label} has no linear layer that could be purified.")
+        sites = _collect(source, model, layers, samples, resources, batch_size, writer, workers)
+        if writer is None:
+            return None
+        return finish(writer, source, samples, layers, sites, model_digest)
+
+
+def _collect(
+    source: ModelSource,
+    model: PreTrainedModel,
+    layers: LinearLayers,
+    samples: Samples,
+    resources: Resources,
+    batch_size: int,
+    writer: StoreWriter | None,
+    workers: Workers,
+) -> list[SitePlan]:
+    """Have the main process's `writer` hold the covariances of all sites; returns the sites."""
     work = list(batches(workers.deal(samples), batch_size))
     budget = min(workers.gather(resources.statistics_budget()))
     sites, todo = workers.from_main(lambda: _plan(model, layers, work, writer, budget))
@@ -174,9 +196,7 @@ def calibrate(
                 for name in [n for n, m in moments.items() if not (m.count and m.sum.any())]:
                     del moments[name]
                 writer.take(moments)
-    if writer:
-        return finish(writer, source, samples, layers, sites, model_digest)
-    return None
+    return sites
 
 
 def _plan(

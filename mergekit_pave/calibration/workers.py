@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -81,12 +82,12 @@ class Workers:
             )
         with _together():
             state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
-        if state.process_index:
-            _silence()
-        yield cls(
-            state.process_index, state.num_processes, state.local_process_index,
-            get_int_from_env(["LOCAL_WORLD_SIZE"], 1), state.device,
+        workers = cls(
+            state.process_index, state.num_processes, state.local_process_index, local_count,
+            state.device,
         )
+        with _speaking() if workers.main else _silent():
+            yield workers
         state.destroy_process_group()
 
     @property
@@ -133,8 +134,14 @@ class Workers:
         except PaveError as failure:
             error = failure
         messages = [m for m in self.gather(error and error.message) if m]
+        if messages and self.main:
+            raise PaveError(messages[0]) from error
         if messages:
-            raise (PaveError if self.main else Elsewhere)(messages[0]) from error
+            # A launcher ends all processes with the first one: not before the main one has
+            # spoken, whose end is the end of this wait.
+            with suppress(RuntimeError):
+                dist.barrier()
+            raise Elsewhere(messages[0]) from error
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns in the main process, in every one of them."""
@@ -177,17 +184,34 @@ class Workers:
 ALONE = Workers()
 
 
+def _gone(why: str) -> PaveError:
+    return PaveError(
+        f"Another process of this calibration has ended or does not answer ({why}); its own "
+        "messages say why. The same command goes on after the last finished window."
+    )
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     """Say in one sentence that another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise PaveError(
-            "Another process of this calibration has ended or does not answer "
-            f"({str(error).splitlines()[0][:200]}); its own messages say why. The same command "
-            "goes on after the last finished window."
-        ) from error
+        raise _gone(str(error).splitlines()[0][:200]) from error
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """Have the same said when the launcher ends this process on account of another one."""
+
+    def ended(number: int, frame: Any) -> None:
+        raise _gone("the launcher ends them all")
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _warn_if_alone() -> None:
@@ -200,7 +224,8 @@ def _warn_if_alone() -> None:
         )
 
 
-def _silence() -> None:
+@contextmanager
+def _silent() -> Iterator[None]:
     import datasets
     import huggingface_hub.utils
     import transformers
@@ -209,3 +234,4 @@ def _silence() -> None:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
     datasets.disable_progress_bars()
+    yield

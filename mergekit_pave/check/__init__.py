@@ -19,7 +19,7 @@ from mergekit_pave.check.inputs import check_inputs, configuration
 from mergekit_pave.check.keys import check_keys, looks_like_ours, read_yaml
 from mergekit_pave.check.models import Allowances, check_data, check_models
 from mergekit_pave.errors import PaveError
-from mergekit_pave.sources import LoaderOptions
+from mergekit_pave.locate import LoaderOptions
 
 __all__ = ["Allowances", "Finding", "check", "looks_like_ours", "preflight", "read_yaml"]
 

@@ -14,8 +14,8 @@ from mergekit.merge_methods import MergeMethod
 from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, PARAMETERS
-from mergekit_pave.sources import LoaderOptions
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mergekit_pave.calibration.model import ModelSource, refuse_quantised
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.inputs import Input, calibration_spec, inputs
 from mergekit_pave.errors import PaveError
-from mergekit_pave.sources import LoaderOptions, fetch_store
+from mergekit_pave.locate import LoaderOptions, fetch_store
 from mergekit_pave.store import CovarianceStore
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")

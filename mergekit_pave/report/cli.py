@@ -52,11 +52,11 @@ def report(config, output, layers, device, lora_merge_cache, transformers_cache,
     from mergekit_pave.report.drawing import require_matplotlib
 
     require_matplotlib()
+    from mergekit_pave.locate import LoaderOptions
     from mergekit_pave.report.build import build
     from mergekit_pave.report.gather import open_merge
     from mergekit_pave.report.page import write
     from mergekit_pave.report.sample import choose
-    from mergekit_pave.sources import LoaderOptions
 
     where = device_of(device)
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)

@@ -22,15 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_pave.calibration.model import ModelSource
-from mergekit_pave.calibration.run import Resources, cached_store
 from mergekit_pave.check import Allowances, preflight, read_yaml
-from mergekit_pave.check.inputs import Input, calibration_spec, configuration, inputs
+from mergekit_pave.check.inputs import Input, configuration, inputs
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint
-from mergekit_pave.parameters import DEFAULT_DAMPENING, PARAMETERS
+from mergekit_pave.locate import LoaderOptions, model_source
+from mergekit_pave.parameters import CALIBRATION, COVARIANCE, DEFAULT_DAMPENING, PARAMETERS
 from mergekit_pave.plugin import register
-from mergekit_pave.sources import LoaderOptions, model_source
-from mergekit_pave.sources import fetch_store as fetch
+from mergekit_pave.statistics import open_store
 from mergekit_pave.store import CovarianceStore, same_layer
 
 logger = logging.getLogger(__name__)
@@ -171,7 +170,7 @@ def open_merge(
     entries = _one_base(inputs(config))
     sources = [model_source(entry.model, options) for entry in entries]
     models = [
-        Model(label, entry, source, Checkpoint(source), open_store(entry, source, options, device))
+        Model(label, entry, source, Checkpoint(source), _store_of(entry, source, options, device))
         for label, entry, source in zip(
             _distinct([source.label for source in sources]), entries, sources, strict=True)
     ]
@@ -203,22 +202,18 @@ def _one_base(entries: Sequence[Input]) -> list[Input]:
     return list(reversed(chosen.values()))
 
 
-def open_store(
+def _store_of(
     entry: Input, source: ModelSource, options: LoaderOptions, device: torch.device
 ) -> CovarianceStore:
     """The covariances of one model, as its merge would get them."""
-    if named := entry.get("covariance"):
-        store = fetch(named, options)
-    elif entry.get("calibration_dataset"):
-        resources = Resources.from_environment(device.type)
-        store = cached_store(source, calibration_spec(entry), resources)
-    else:
+    keys = (COVARIANCE, *CALIBRATION)
+    values = {p.name: p.validate(entry.get(p.name)) for p in keys}
+    if not (values["covariance"] or values["calibration_dataset"]):
         raise PaveError(
             f"{entry.where}: {source.label} has no calibration data: set calibration_dataset "
             "(its own task data) or covariance (a store) under its parameters."
         )
-    store.verify(source.tensors(), source.label)
-    return store
+    return open_store(source, values, options, device)
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:

@@ -11,9 +11,9 @@ turns, so that a busy machine slows all of them, and compared by the ratios of m
 * collect: `collect_window` over all sites, forward passes included.
 * write: folding the sums, their checksums, and the file.
 
-`collect / (forward + gram)` is to stay below 1.3. Accuracy is the relative error (Frobenius norm) of
-the float32 sums against float64 sums of the same float32 inputs: the worst site of the model, and a
-long run of correlated rows with an offset.
+`collect / (forward + gram)` is to stay below 1.3. Accuracy is the relative error (Frobenius norm)
+of the float32 sums against float64 sums of the same float32 inputs: the worst site of the model,
+and a long run of correlated rows with an offset.
 
 On a machine that others use as well, OMP_NUM_THREADS=1 and `--cpu-time` still give figures that
 mean something: threads that wait for each other would burn the time of those that work.
@@ -131,16 +131,14 @@ def measure(layers: int, repeats: int, clock: Callable) -> dict[str, float]:
     run = Pass(layers)
     with torch.inference_mode():
         moments = run.collect()
-        work = {"forward": run.forward, "gram": run.gram, "collect": run.collect}
-        if hasattr(StoreWriter, "take"):
-            work["write"] = partial(run.write, moments)
+        work = {"forward": run.forward, "gram": run.gram, "collect": run.collect,
+                "write": partial(run.write, moments)}
         seconds = timed(work, repeats, clock)
     basis = seconds["forward"] + seconds["gram"]
     return {
         "sites": len(run.sites), "tokens": BATCHES * ROWS * LENGTH,
         **{f"{name} (s)": value for name, value in seconds.items()},
-        **{f"{name} / (forward + gram)": seconds[name] / basis for name in work
-           if name in ("collect", "write")},
+        **{f"{name} / (forward + gram)": seconds[name] / basis for name in ("collect", "write")},
         "gram / forward": seconds["gram"] / seconds["forward"],
         "float32 error, worst site": model_error(run),
         "float32 error, 262,144 rows": long_error(),
