@@ -15,7 +15,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  so that children 
 from test_calibration import source_of, spec_of
 
 from mergekit_pave.calibration import run
-from mergekit_pave.calibration.run import Resources, cached_store
+from mergekit_pave.calibration.run import Resources, cached_store, calibrate_to
 from mergekit_pave.errors import PaveError
 from mergekit_pave.store import MANIFEST, CovarianceStore, StoreWriter, write_atomically
 
@@ -126,6 +126,13 @@ def test_files_left_by_a_kill_are_cleaned_up(tmp_path):
     (tmp_path / ".covariance-00000.safetensors.4711.tmp").write_bytes(b"half")
     StoreWriter(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_offloaded_weights_left_by_a_kill_are_cleaned_up(families, texts, tmp_path):
+    (tmp_path / ".offload-7").mkdir()
+    (tmp_path / ".offload-7" / "x.safetensors").write_bytes(b"half")
+    calibrate_to(source_of(families("llama")["expert0"]), spec_of(texts[0]), tmp_path, Resources())
+    assert not list(tmp_path.glob(".offload*"))
 
 
 def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):

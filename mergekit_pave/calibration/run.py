@@ -156,6 +156,7 @@ def calibrate(
         made.callback(shutil.rmtree, scratch, ignore_errors=True)
         with workers.together():
             writer = _begin(folder, identity) if workers.main else None
+        with workers.together():
             model = load_model(source, device=resources.device, max_memory=resources.max_memory,
                                scratch=scratch)
             layers = linear_layers(model)
@@ -222,4 +223,6 @@ def _begin(folder: Path, identity: dict[str, Any]) -> StoreWriter:
             "it or choose another folder."
         )
     write_atomically(path, lambda file: file.write_text(json.dumps(identity), "utf-8"))
+    for left in folder.glob(".offload-*"):  # by processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
     return StoreWriter(folder)

@@ -184,10 +184,10 @@ class Workers:
 ALONE = Workers()
 
 
-def _gone(why: str) -> PaveError:
+def _gone() -> PaveError:
     return PaveError(
-        f"Another process of this calibration has ended or does not answer ({why}); its own "
-        "messages say why. The same command goes on after the last finished window."
+        "Another process of this calibration has ended or does not answer; its own messages say "
+        "why. The same command goes on after the last finished window."
     )
 
 
@@ -197,7 +197,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _gone(str(error).splitlines()[0][:200]) from error
+        raise _gone() from error
 
 
 @contextmanager
@@ -205,13 +205,16 @@ def _speaking() -> Iterator[None]:
     """Have the same said when the launcher ends this process on account of another one."""
 
     def ended(number: int, frame: Any) -> None:
-        raise _gone("the launcher ends them all")
+        raise _gone()
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        # About to end anyhow, and with a message that the launcher must not cut off.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def _warn_if_alone() -> None:
