@@ -239,8 +239,8 @@ def _remarks(config: MergeConfiguration, facts: Mapping[str, Any]) -> Iterator[s
             yield f"{model['id']}: linear layers that were not purified ({reasons})."
         if known and known["rows_per_feature"] < 1:
             yield (
-                f"{model['id']}: some covariances come from fewer rows than features (least: "
-                f"{known['rows_per_feature']} rows per feature)."
+                f"{model['id']}: some covariances come from fewer tokens than features (least: "
+                f"{known['rows_per_feature']} tokens per feature)."
             )
 
 

@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.calibration.collect import SitePlan, plan_sites
+from mergekit_pave.calibration.limits import length_limit, main_input
 from mergekit_pave.calibration.model import empty_model, linear_layers
+from mergekit_pave.calibration.rows import open_rows
 from mergekit_pave.check.inputs import calibration_spec, configuration, inputs
 from mergekit_pave.check.models import read_config
 from mergekit_pave.locate import LoaderOptions
@@ -69,14 +71,22 @@ def estimates(raw: Any, options: LoaderOptions) -> Iterator[str]:
     for entry in inputs(configuration(raw)):
         if not entry.purified or entry.get("covariance"):
             continue
-        sites = sites_of(read_config(entry.model, options), options.trust_remote_code)
+        config = read_config(entry.model, options)
+        sites = sites_of(config, options.trust_remote_code)
         size = sum(site.bytes for site in sites)
         spec = calibration_spec(entry)
+        rows = min(spec.num_samples, open_rows(spec).count or spec.num_samples)
         yield (
             f"{entry.model}: {len(sites)} covariances, {_gib(size)} of sums in memory if held "
             f"at once (at least {_gib(max(site.bytes for site in sites))}), {_gib(size // 2)} on "
-            f"disk, at most {spec.num_samples * spec.max_seq_length:,} tokens per pass."
+            f"disk, {_tokens(config, rows, spec.max_seq_length)} per pass."
         )
+
+
+def _tokens(config: PretrainedConfig, rows: int, wanted: int) -> str:
+    if main_input(config) == "pixel_values":
+        return f"{rows:,} images"
+    return f"at most {rows * length_limit(config, None, wanted):,} tokens"
 
 
 def _gib(size: int) -> str:

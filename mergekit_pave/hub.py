@@ -71,12 +71,12 @@ def check_target(repo_id: str, token: str | None = None) -> str:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PaveError(
-            f"--push: {repo_id!r} is no repository id ({error}); write USER/NAME."
+            f"{repo_id!r} is no repository id of the Hub ({error}); write USER/NAME."
         ) from error
     token = token or get_token()
     if not token:
         raise PaveError(
-            "--push needs you to be logged in to the Hub: run `hf auth login`, or set HF_TOKEN."
+            "Publishing needs you to be logged in to the Hub: run `hf auth login`, or set HF_TOKEN."
         )
     return token
 
@@ -149,7 +149,8 @@ def publish_command(store: str, repo_id: str, private: bool) -> None:
     """Publish a covariance STORE as a data set of the Hub, with a card.
 
     Others can then merge your model without its data, by `covariance: REPO_ID`. The card says
-    what the statistics contain and what they give away; read it in STORE/README.md.
+    what the statistics contain and what they give away; it is published as README.md, or STORE's
+    own README.md if there is one.
 
     \b
     Example:
@@ -239,18 +240,18 @@ def _fill(store: CovarianceStore) -> str:
     ratio = fullness(store)
     if short:
         return (
-            f"**{short} of the {len(store.sites)} covariances come from fewer rows than "
-            f"features** (least: {ratio:.2f} rows per feature). Such a matrix has exactly the "
+            f"**{short} of the {len(store.sites)} covariances come from fewer tokens than "
+            f"features** (least: {ratio:.2f} tokens per feature). Such a matrix has exactly the "
             "span of its rows and determines them up to a rotation: single activations, and so "
             "the words behind them, can be partly reconstructed. More samples make it safer "
             "and better."
         )
     if ratio < FEW_ROWS:
         return (
-            f"The smallest covariance has {ratio:.1f} rows per feature. That is few: directions "
+            f"The smallest covariance has {ratio:.1f} tokens per feature. That is few: directions "
             "that only single tokens use may still stand out. More samples blur them."
         )
     return (
-        f"Every covariance averages over at least {ratio:.0f} rows per feature, so no single "
+        f"Every covariance averages over at least {ratio:.0f} tokens per feature, so no single "
         "row can be read off; rare tokens with large activations may still leave a trace."
     )

@@ -141,7 +141,7 @@ def _statistics(store: CovarianceStore) -> dict[str, Any]:
 
 
 def fullness(store: CovarianceStore) -> float:
-    """Rows per feature of the worst covariance; below 1 it cannot have full rank."""
+    """Tokens per feature of the worst covariance; below 1 it cannot have full rank."""
     return min((site.count / site.width for site in store.sites.values()), default=0.0)
 
 

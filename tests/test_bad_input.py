@@ -191,7 +191,7 @@ def test_few_tokens_work_and_warn(good, tmp_path, caplog):
     for model in good["models"]:
         del model["parameters"]["calibration_dataset"]
     assert all(t.isfinite().all() for t in merge(good, tmp_path / "out").values())
-    assert "covariances come from fewer rows than features" in caplog.text
+    assert "covariances come from fewer tokens than features" in caplog.text
     assert "1 usable rows, fewer than num_calibration_samples 20" in caplog.text
 
 

@@ -203,7 +203,7 @@ def test_record_of_a_merge(tmp_path):
     text = write_card(out)
     assert "97.00% (90.00% to 99.33% per tensor)" in text
     assert "2 tensors were purified, 1 merged plainly" in text
-    assert "fewer rows than features (least: 0.5 rows per feature)" in text
+    assert "fewer tokens than features (least: 0.5 tokens per feature)" in text
 
 
 def test_record_of_another_merge_is_replaced(tmp_path):

@@ -333,9 +333,9 @@ def test_store_card_names_no_local_data(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "warning"), [
-    (32, "1 of the 1 covariances come from fewer rows than"),
-    (128, "has 2.0 rows per feature. That is few"),
-    (6400, "at least 100 rows per feature"),
+    (32, "1 of the 1 covariances come from fewer tokens than"),
+    (128, "has 2.0 tokens per feature. That is few"),
+    (6400, "at least 100 tokens per feature"),
 ])
 def test_store_card_says_what_can_leak(tmp_path, rows, warning):
     assert warning in store_card(make_store(tmp_path / "s", rows=rows))

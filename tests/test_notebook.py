@@ -29,7 +29,7 @@ def test_installs_torch_first(notebook):
     installed = [line for line in code(notebook)[0].source.splitlines()
                  if line.startswith("install(")]
     assert installed[0] == 'install("torch", "torch")'
-    assert installed[1] == 'install("mergekit_pave", "mergekit-pave")'
+    assert installed[1] == 'install("mergekit_pave", "..")'
 
 
 def test_every_cell_compiles(notebook):

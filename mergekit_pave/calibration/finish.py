@@ -85,7 +85,7 @@ def _warn_about(source: ModelSource, writer: StoreWriter, skipped: dict[str, str
     if short:
         ratio, name = min(short)
         logger.warning(
-            "%s: %d of %d covariances come from fewer rows than features (least: %s, %.2f rows "
+            "%s: %d of %d covariances come from fewer tokens than features (least: %s, %.2f tokens "
             "per feature); about %.0f times as many samples would fill them.",
             source.label, len(short), len(writer.sites), name, ratio, 1 / ratio,
         )

@@ -181,7 +181,11 @@ def _check_parameters(
     for key, value in parameters.items():
         path = f"{where}.{key}"
         if key not in specs:
-            yield error(where, f"unknown key {key!r}; {suggestion(str(key), list(specs))}")
+            if value is None and "text_column" in parameters:
+                hint = 'between braces YAML ends a value at a comma: write text_column: "a,b".'
+            else:
+                hint = suggestion(str(key), list(specs))
+            yield error(where, f"unknown key {key!r}; {hint}")
         elif of_model and specs[key].scope == ParameterScope.SHARED:
             yield error(
                 path, "is one value for the whole merge: move it to the top level `parameters`."

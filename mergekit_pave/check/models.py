@@ -163,7 +163,14 @@ def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[F
             if store := entry.get("covariance"):
                 _check_owner(fetch_store(store, options), entry)
             elif entry.get("calibration_dataset"):
-                open_rows(calibration_spec(entry))
+                spec = calibration_spec(entry)
+                there = open_rows(spec).count
+                if there is not None and there < spec.num_samples:
+                    yield Finding(
+                        "warning", entry.where, f"{spec.dataset} has {there} of the "
+                        f"{spec.num_samples} rows of num_calibration_samples; more give "
+                        "better covariances."
+                    )
         except PaveError as fault:
             yield error(entry.where, str(fault))
         if entry.get("covariance") and entry.get("calibration_dataset"):
