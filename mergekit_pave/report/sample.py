@@ -27,26 +27,23 @@ class Sample:
         layers: the weights of the chosen blocks, and all outside the numbered blocks.
         blocks: numbers of the chosen blocks.
         of: how many blocks there are.
-        seconds: what the choice was estimated to take.
     """
 
     layers: list[Layer]
     blocks: list[int]
     of: int
-    seconds: float
 
 
 def choose(layers: Sequence[Layer], wanted: int | None, device: torch.device) -> Sample:
     """`wanted` evenly spaced blocks, by default as many as fit `PATIENCE` (`FEWEST` at least)."""
     blocks = sorted({layer.block for layer in layers if layer.block is not None})
-    total = WORK * sum(layer.cost for layer in layers) / _speed(device)
     if wanted is None:
+        total = WORK * sum(layer.cost for layer in layers) / _speed(device)
         affordable = int(len(blocks) * PATIENCE / max(total, 1e-9))
         wanted = min(len(blocks), max(FEWEST, affordable))
     chosen = spread(blocks, wanted)
     kept = [layer for layer in layers if layer.block is None or layer.block in chosen]
-    share = sum(layer.cost for layer in kept) / max(sum(layer.cost for layer in layers), 1e-9)
-    return Sample(kept, chosen, len(blocks), total * share)
+    return Sample(kept, chosen, len(blocks))
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
