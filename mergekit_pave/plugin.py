@@ -36,12 +36,16 @@ def register() -> tuple[str, ...]:
 
 
 def _register_methods() -> tuple[str, ...]:
-    """Register `pave_<name>` for every mergekit method that requires a base model."""
+    """Register our own methods, and `pave_<name>` for every one that requires a base model."""
     import mergekit.merge_methods as host
 
+    from mergekit_pave import merging
     from mergekit_pave.method import PREFIX, PaveMerge, can_wrap
 
     known = {method.spec.name for method in host.registered_methods()}
+    for method in merging.methods():
+        if method.spec.name not in known:
+            host.register(method)
     for method in host.registered_methods():
         if can_wrap(method) and PREFIX + method.spec.name not in known:
             host.register(PaveMerge(method, shared_statistics()))

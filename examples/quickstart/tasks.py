@@ -60,13 +60,11 @@ class Task:
     name: str
     package: str
     rows: Callable[[], Iterator[Row]]
+    # Rows that one group gives at most: the 60,000 codes for injuries would crowd out the rest.
+    per_group: int = 6
 
-    def load(self, sizes: dict[str, int], per_group: int = 6) -> dict[str, Rows]:
-        """Rows of every split in `sizes`, in an order and a split that depend on nothing but text.
-
-        A group gives at most `per_group` rows, so that the 60,000 codes for injuries do not
-        crowd out everything else.
-        """
+    def load(self, sizes: dict[str, int]) -> dict[str, Rows]:
+        """Rows of every split in `sizes`, in an order and a split that depend on nothing but text."""
         rows = {" ".join(t.split()): (group, label) for group, t, label in self.rows() if t}
         classes = sorted({label for _, label in rows.values()})
         splits: dict[str, Rows] = {name: ([], []) for name in sizes}
@@ -75,7 +73,7 @@ class Task:
             group, label = rows[text]
             texts, labels = splits[_split(group)]
             taken[group] = taken.get(group, 0) + 1
-            if len(texts) < sizes[_split(group)] and taken[group] <= per_group:
+            if len(texts) < sizes[_split(group)] and taken[group] <= self.per_group:
                 texts.append(text)
                 labels.append(classes.index(label))
         return splits

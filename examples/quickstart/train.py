@@ -77,15 +77,17 @@ def fit_head(features: Tensor, labels: list[int], steps: int = 200) -> nn.Linear
     return head
 
 
-def fine_tune(model: Classifier, rows: Rows, seed: int) -> Iterator[str]:
+def fine_tune(
+    model: Classifier, rows: Rows, seed: int, epochs: int = EPOCHS, encoder_lr: float = ENCODER_LR
+) -> Iterator[str]:
     """Train encoder and head; yields a line of progress now and then."""
     texts, labels = rows
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
-    plan = [batch for _ in range(EPOCHS) for batch in batches(texts, generator)]
+    plan = [batch for _ in range(epochs) for batch in batches(texts, generator)]
     optimizer = torch.optim.AdamW(
         [
-            {"params": model.encoder.parameters(), "lr": ENCODER_LR},
+            {"params": model.encoder.parameters(), "lr": encoder_lr},
             {"params": model.head.parameters(), "lr": HEAD_LR},
         ],
         weight_decay=0.01,
