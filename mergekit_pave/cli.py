@@ -23,6 +23,9 @@ _ELSEWHERE = {
     "suggest": "mergekit_pave.suggest:suggest_cli",
     "card": "mergekit_pave.card:card_command",
     "publish": "mergekit_pave.hub:publish_command",
+    "materialize": "mergekit_pave.emr_models:materialize_command",
+    "compress": "mergekit_pave.compress:compress_command",
+    "reconstruct": "mergekit_pave.reconstruct:reconstruct_command",
 }
 
 

@@ -69,7 +69,7 @@ def _quiet_fakes() -> Iterator[None]:
 def estimates(raw: Any, options: LoaderOptions) -> Iterator[str]:
     """One line per model to calibrate: covariances, memory, disk, tokens."""
     for entry in inputs(configuration(raw)):
-        if not entry.purified or entry.get("covariance"):
+        if not entry.calibrated or entry.get("covariance"):
             continue
         config = read_config(entry.model, options)
         sites = sites_of(config, options.trust_remote_code)

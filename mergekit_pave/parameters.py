@@ -15,6 +15,8 @@ from mergekit_pave.errors import PaveError
 
 SUBSPACES = ("covariance", "svd", "random")
 ALLOCATIONS = ("spectral", "uniform")
+# What is decomposed and truncated, and the kept fraction of its rank when none is given.
+DEFAULT_RATIO = {"weight": 0.98, "delta": 0.25, "separate": None}
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,14 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 _POSITIVE_INT = (lambda value: value >= 1), "at least 1"
 _NOT_EMPTY = (lambda value: bool(value.strip())), "a non-empty string"
 
+# A value of `calibration_dataset` that is no dataset.
+DATA_FREE = "none"
+
 CALIBRATION = (
     Parameter("calibration_dataset", str, None, True,
               "the model's own task data: Hub id, local .jsonl/.json/.csv/.parquet/.txt file, "
-              "or a folder (data files, or written by `save_to_disk`)", accepts=_NOT_EMPTY),
+              "or a folder (data files, or written by `save_to_disk`); `none` estimates the "
+              "covariances from the task vectors", accepts=_NOT_EMPTY),
     Parameter("calibration_config", str, None, True,
               "configuration (subset) of the dataset", accepts=_NOT_EMPTY),
     Parameter("calibration_split", str, "train", True,
@@ -96,9 +102,19 @@ COVARIANCE = Parameter(
     "folder or Hub id of a covariance store; replaces the calibration keys", accepts=_NOT_EMPTY)
 
 PURIFICATION = (
-    Parameter("rank_ratio", float, 0.98, False,
-              "kept fraction of every weight's rank; 1.0 switches purification off",
+    Parameter("purify", str, "weight", False,
+              "`weight` truncates the whole fine-tuned weight (the paper's), `delta` its "
+              "difference from the base; `separate` truncates nothing but weighs the inputs of "
+              "each task vector by how much they are its own task's",
+              accepts=_one_of(*DEFAULT_RATIO)),
+    Parameter("rank_ratio", float, None, False,
+              "kept fraction of the rank (0.98 of a `weight`, 0.25 of a `delta` when not given); "
+              "1.0 switches purification off",
               gradient=True, accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1")),
+    Parameter("separation", float, None, False,
+              "with `purify: separate`, how much each other task's inputs count "
+              "(1 / (models - 1) when not given); 0 keeps the task vector, 1 and more spares them",
+              gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
     Parameter("rank_allocation", str, "spectral", False,
               "`spectral` shares the cut between the models by normalised error (the paper's), "
               "`uniform` cuts every model alike", accepts=_one_of(*ALLOCATIONS)),

@@ -43,7 +43,7 @@ def _register_methods() -> tuple[str, ...]:
     from mergekit_pave.method import PREFIX, PaveMerge, can_wrap
 
     known = {method.spec.name for method in host.registered_methods()}
-    for method in merging.methods():
+    for method in merging.methods(shared_statistics()):
         if method.spec.name not in known:
             host.register(method)
     for method in host.registered_methods():
@@ -97,16 +97,15 @@ def _guard(module: ModuleType) -> None:
     depend on this: without it the same mistakes are met later, or, for keys that mergekit
     drops, not at all.
     """
-    original = module.run_merge
+    original = _with_task_masks(module.run_merge)
 
     @functools.wraps(original)
     def run_merge(merge_config, out_path, options, config_source=None):
         from mergekit_pave import check, record
         from mergekit_pave.locate import LoaderOptions
-        from mergekit_pave.method import PREFIX
 
         name = merge_config.merge_method
-        if not name.startswith(PREFIX) and not check.looks_like_ours(name):
+        if not check.is_ours(name) and not check.looks_like_ours(name):
             return original(merge_config, out_path, options, config_source)
         loading = LoaderOptions(
             options.transformers_cache,
@@ -121,6 +120,8 @@ def _guard(module: ModuleType) -> None:
         statistics = shared_statistics()
         statistics.reset()
         result = original(merge_config, out_path, options, config_source)
+        if not any(statistics.counts.values()):  # a method that looks at no covariance
+            return result
         if options.write_model_card:
             record.write(out_path, record.of_merge(name, statistics))
         if not options.quiet:
@@ -128,3 +129,16 @@ def _guard(module: ModuleType) -> None:
         return result
 
     module.run_merge = run_merge
+
+
+def _with_task_masks(run_merge):
+    """Let a method that keeps masks for every task write them beside the model."""
+
+    @functools.wraps(run_merge)
+    def merge(merge_config, out_path, options, config_source=None):
+        from mergekit_pave import task_masks
+
+        with task_masks.beside(out_path, merge_config, options):
+            return run_merge(merge_config, out_path, options, config_source)
+
+    return merge

@@ -10,7 +10,7 @@ import logging
 import threading
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from mergekit_pave.calibration.model import (
 from mergekit_pave.calibration.run import Resources, cached_store
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
-from mergekit_pave.parameters import CALIBRATION
+from mergekit_pave.parameters import CALIBRATION, DATA_FREE
 from mergekit_pave.store import CovarianceStore, same_layer
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,12 @@ class Statistics:
         return text
 
     def layer(
-        self, model: Hashable, name: str | None, tensor: Tensor, values: Mapping[str, Any]
+        self,
+        model: Hashable,
+        name: str | None,
+        tensor: Tensor,
+        values: Mapping[str, Any],
+        base: Tensor,
     ) -> Layer | None:
         """The linear layer whose weight `tensor` is; `None` when it is none to purify.
 
@@ -195,12 +200,16 @@ class Statistics:
             name: of the output tensor, `None` in memory.
             tensor: the weight as mergekit loaded it.
             values: this model's parameters by name.
+            base: the base's tensor, for `calibration_dataset: none`.
 
         Raises:
             PaveError: no calibration data, or statistics of other weights.
         """
-        if values["subspace"] != "covariance":
+        if values.get("subspace", "covariance") != "covariance":
             return self._layer_by_name(model, name, tensor)
+        if values["calibration_dataset"] == DATA_FREE and not values["covariance"]:
+            layer = self._layer_by_name(model, name, tensor)
+            return layer and _estimated(layer, tensor, base)
         store = self._store(model, values, tensor.device)
         found = store.find(name, tensor)
         if found is not None:
@@ -265,6 +274,23 @@ class Statistics:
             if shape == tuple(tensor.shape) and same_layer(key, name):
                 return Layer(key, transposed, _no_covariance)
         return None
+
+
+def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
+    """The layer with a covariance from its task vector `D` (out, in): `D^T D / out`.
+
+    Gradient descent changes a weight by sums of (output gradient) x (input): the rows of `D`
+    are weighted sums of inputs, and their second moment stands in for that of the inputs
+    (ACTMat, arXiv 2604.01329; ACE-Merging, arXiv 2603.02945).
+    """
+
+    def covariance() -> Tensor:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        delta = tensor.to(wide) - base.to(wide)
+        delta = delta.T if layer.transposed else delta
+        return (delta.T @ delta / len(delta)).to(torch.float32)
+
+    return replace(layer, covariance=covariance)
 
 
 def _no_covariance() -> Tensor:

@@ -97,6 +97,32 @@ def test_one_model_alone_becomes_the_papers_purified_model(families, texts, tmp_
     assert merged.keys() == expert.keys() or kind in ("vit", "gpt2", "t5")
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_task_vector_can_be_truncated_itself(families, texts, tmp_path, kind):
+    """`purify: delta` keeps the top `r` components of `D C_e`; all of them is the fine-tune."""
+    paths = families(kind)
+    config = config_of(paths, "pave_task_arithmetic", texts, experts=1, rank_ratio=0.25,
+                       purify="delta")
+    config["models"][0]["parameters"].update(weight=1.0, num_calibration_samples=40)
+    merged = merge(config, tmp_path / "out")
+    base, expert = tensors_of(paths["base"]), tensors_of(paths["expert0"])
+    covariances = reference(paths["expert0"], kind, spec_of(texts[0]))
+    checked = 0
+    for name, c in covariances.items():
+        if "lm_head" in name:
+            continue
+        delta = (expert[name] - base[name]).T if kind == "gpt2" else expert[name] - base[name]
+        expected = papers_formula(delta, c, 0.25)
+        got = (merged[name] - base[name]).T if kind == "gpt2" else merged[name] - base[name]
+        assert (got - expected).norm() < 1e-4 * (delta - expected).norm(), name
+        assert torch.linalg.matrix_rank(got, rtol=1e-4) == round(0.25 * min(got.shape))
+        checked += 1
+    assert checked >= 8
+    del config["parameters"]["rank_ratio"]  # a quarter is the default
+    again = merge(config, tmp_path / "default")
+    assert all(torch.equal(again[name], merged[name]) for name in merged)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ratio_one_is_bit_for_bit_the_plain_method(families, texts, tmp_path, method, monkeypatch):
     monkeypatch.setattr(statistics, "cached_store", None)  # calibrating would fail
@@ -355,31 +381,16 @@ def test_spectral_allocation_spends_the_same_budget_otherwise(families, texts, t
     group = TensorGroup.from_tensors(list(tensors.values()), base_index=0, name=name)
     ranks = {}
     for allocation in ("spectral", "uniform"):
-        statistics_ = _FixedStatistics(48)
-        method = PaveMerge(ours.inner, statistics_)
-        own = {"rank_ratio": 0.75, "rank_allocation": allocation, "subspace": "covariance",
-               "dampening_frac": None, "regularization": None}
-        purified = method._purify(group, own, {})
+        method = PaveMerge(ours.inner, statistics.Statistics())
+        layer = statistics.Layer("fixed", False, lambda: torch.eye(48))
+        own = {"purify": "weight", "rank_ratio": 0.75, "rank_allocation": allocation,
+               "subspace": "covariance", "dampening_frac": None, "regularization": None}
+        layers = {entry.id: layer for entry in group.non_base}
+        purified = method._purify(group, layers, own, {})
         ranks[allocation] = [
             int(torch.linalg.matrix_rank(e.tensor.double(), rtol=1e-7)) for e in purified.non_base]
     assert ranks["uniform"] == [24, 24]
     assert sum(ranks["spectral"]) == 48 and ranks["spectral"][0] < 24
-
-
-class _FixedStatistics:
-    """Answers every question with one covariance, the identity."""
-
-    def __init__(self, width: int):
-        self.layer_ = statistics.Layer("fixed", False, lambda: torch.eye(width))
-
-    def layer(self, *args):
-        return self.layer_
-
-    def count(self, *args):
-        pass
-
-    def record_cut(self, *args):
-        pass
 
 
 def test_names_of_an_older_transformers_are_refused(tmp_path):

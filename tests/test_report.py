@@ -166,25 +166,6 @@ def test_effective_rank_counts_equal_directions():
     assert measure.effective_rank(3 * basis @ basis.T) == pytest.approx(4, rel=1e-6)
 
 
-def test_interference_is_the_published_formula():
-    parts = [measure.factors(torch.randn(6, 5, generator=torch.Generator().manual_seed(i)), 2)
-             for i in range(3)]
-    u, v = torch.cat([p.u for p in parts], 1), torch.cat([p.v for p in parts], 1)
-    s = torch.block_diag(*[torch.diag(p.s) for p in parts])
-    want = ((u.T @ u - torch.eye(6)) @ s @ (v.T @ v - torch.eye(6))).abs().sum().item()
-    value, relative = measure.interference(parts)
-    assert value == pytest.approx(want, rel=1e-5)
-    assert relative == pytest.approx(want / s.sum().item(), rel=1e-5)
-
-
-def test_orthogonal_tasks_do_not_interfere():
-    u, v = random_basis(8, 4, 2), random_basis(7, 4, 3)
-    s = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    parts = [measure.Factors(u[:, i:i + 2], s, v[:, i:i + 2]) for i in (0, 2)]
-    assert measure.interference(parts)[0] == pytest.approx(0, abs=1e-12)
-    assert measure.interference([parts[0], parts[0]])[0] > 1
-
-
 def test_overlap_is_the_mean_squared_cosine():
     a, b = random_basis(9, 3, 4), random_basis(9, 3, 5)
     cosines = torch.linalg.svdvals(a.T @ b)

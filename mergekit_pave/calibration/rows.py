@@ -16,7 +16,7 @@ from typing import Any
 
 from mergekit_pave.calibration.sources import explained, local_path, open_source
 from mergekit_pave.errors import PaveError
-from mergekit_pave.parameters import PARAMETERS
+from mergekit_pave.parameters import DATA_FREE, PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,10 @@ class CalibrationSpec:
             raise PaveError(
                 "calibration_dataset is missing; name the model's own task data (a Hub id or a "
                 "local file) under its `parameters`.")
+        if found["dataset"] == DATA_FREE:
+            raise PaveError(
+                "calibration_dataset: none means no data, so nothing can be computed here; name "
+                "a dataset (a folder called none as ./none).")
         return cls(**{name: value for name, value in found.items() if value is not None})
 
 

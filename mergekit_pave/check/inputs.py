@@ -15,7 +15,9 @@ from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
-from mergekit_pave.parameters import CALIBRATION, COVARIANCE, PARAMETERS
+from mergekit_pave.merging.covariances import CovarianceMethod
+from mergekit_pave.method import PaveMerge
+from mergekit_pave.parameters import CALIBRATION, COVARIANCE, DATA_FREE, PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Input:
     base: ModelReference | None
     where: str
     scopes: tuple[Mapping[str, Any], ...]
+    method: MergeMethod
 
     def get(self, name: str) -> Any:
         """The value of a per-model key, or its default."""
@@ -57,9 +60,19 @@ class Input:
         return values if any(need is None for need, _ in found) else values | {parameter.default}
 
     @property
-    def purified(self) -> bool:
+    def looked_at(self) -> bool:
         """Whether any tensor needs this model's covariances."""
+        if isinstance(getattr(self.method, "inner", self.method), CovarianceMethod):
+            return True
+        if not isinstance(self.method, PaveMerge):
+            return False
         return self.can_be("rank_ratio") != {1} and "covariance" in self.can_be("subspace")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether they have to be computed from data, or read from a store."""
+        data_free = self.get("calibration_dataset") == DATA_FREE and not self.get("covariance")
+        return self.looked_at and not data_free
 
 
 def configuration(raw: Any) -> MergeConfiguration:
@@ -95,11 +108,12 @@ def _reason(fault: Exception) -> str:
 def inputs(config: MergeConfiguration) -> list[Input]:
     """The fine-tuned models of a configuration, once for each set of calibration keys."""
     found: dict[tuple, Input] = {}
+    method = merge_methods.get(config.merge_method)
     for _, base, members in _groups(config):
         for path, model, scopes in members:
             if model == base:
                 continue
-            entry = Input(model, base, path, scopes)
+            entry = Input(model, base, path, scopes, method)
             key = (model, base, *(repr(entry.get(p.name)) for p in (*CALIBRATION, COVARIANCE)))
             found.setdefault(key, entry)
     return list(found.values())
@@ -149,6 +163,8 @@ def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator
         yield from _check_group(where, base, [model for _, model, _ in members], method)
     for entry in inputs(config):
         yield from _check_damping(entry)
+        if isinstance(method, PaveMerge):
+            yield from _check_purify(entry)
         for spec in method.spec.parameters:
             if spec.required and not any(spec.name in scope for scope in entry.scopes):
                 yield error(
@@ -160,11 +176,11 @@ def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator
                 entry.where, f"{entry.model} names an adapter: add --lora-merge-cache DIR to the "
                 "command (a path with a `+` is read as model plus adapter)."
             )
-        if entry.purified and not (entry.get("covariance") or entry.get("calibration_dataset")):
+        if entry.looked_at and not (entry.get("covariance") or entry.get("calibration_dataset")):
             yield error(
                 entry.where, f"{entry.model} has no calibration data: add "
-                "`calibration_dataset: NAME_OR_FILE` (its own task data) or "
-                "`covariance: STORE` to its parameters."
+                "`calibration_dataset: NAME_OR_FILE` (its own task data), `covariance: STORE` or "
+                "`calibration_dataset: none` to its parameters."
             )
     yield from _check_slices(config)
 
@@ -206,6 +222,24 @@ def _check_damping(entry: Input) -> Iterator[Finding]:
     if None in fractions | absolutes or fractions & absolutes:
         yield error(
             "parameters", "dampening_frac and regularization exclude each other: keep one of them."
+        )
+
+
+def _check_purify(entry: Input) -> Iterator[Finding]:
+    """Keys that have no effect with this `purify`, which the user cannot have meant."""
+    if entry.can_be("purify") != {"separate"}:
+        if entry.settings("separation") and "separate" not in entry.can_be("purify"):
+            yield error("parameters", "separation has an effect only with `purify: separate`.")
+        return
+    if entry.can_be("rank_ratio") - {None, 1}:
+        yield error(
+            "parameters", "rank_ratio has no effect with `purify: separate`, which truncates "
+            "nothing (1.0 switches it off): remove it, or choose `purify: delta`."
+        )
+    if entry.can_be("subspace") != {"covariance"}:
+        yield error(
+            "parameters", "subspace must be covariance with `purify: separate`: there is nothing "
+            "to separate without covariances."
         )
 
 

@@ -15,7 +15,7 @@ from mergekit.tokenizer.config import TokenizerConfig
 
 from mergekit_pave.check.finding import Finding, error, nearest, suggestion
 from mergekit_pave.errors import PaveError
-from mergekit_pave.method import PREFIX, PaveMerge
+from mergekit_pave.method import PREFIX
 from mergekit_pave.parameters import PARAMETERS
 
 # `name` is what mergekit-multi calls a merge, and stays behind in the files it made.
@@ -63,17 +63,28 @@ def read_yaml(text: str, name: str = "The configuration") -> Any:
 # --- the method ----------------------------------------------------------------------------
 
 
-def purified_method(name: str) -> PaveMerge:
-    """The registered purified method of that name, or `PaveError` with the nearest ones."""
-    ours = [m.spec.name for m in merge_methods.registered_methods() if isinstance(m, PaveMerge)]
+def is_ours(name: str) -> bool:
+    """Whether a registered method is one that this package brought."""
+    return name in _ours()
+
+
+def _ours() -> list[str]:
+    registered = merge_methods.registered_methods()
+    package = __name__.partition(".")[0] + "."
+    return [m.spec.name for m in registered if type(m).__module__.startswith(package)]
+
+
+def our_method(name: str) -> MergeMethod:
+    """The registered method of ours of that name, or `PaveError` with the nearest ones."""
+    ours = _ours()
     if name in ours:
         return merge_methods.get(name)
     if PREFIX + name in ours:
         hint = f"its purified form is {PREFIX + name}."
     else:
         near = nearest(name, ours)
-        hint = f"did you mean {near}?" if near else "the purified ones: " + ", ".join(ours) + "."
-    raise PaveError(f"merge_method: {name!r} is not a purified merge method; {hint}")
+        hint = f"did you mean {near}?" if near else "they are: " + ", ".join(ours) + "."
+    raise PaveError(f"merge_method: {name!r} is not a merge method of mergekit-pave; {hint}")
 
 
 def looks_like_ours(name: str) -> bool:
@@ -93,7 +104,7 @@ def check_keys(raw: Any) -> Iterator[Finding]:
         raise PaveError("The configuration is not a YAML mapping with merge_method and models.")
     if raw.get("merge_method") is None:
         raise PaveError("merge_method is missing: add, for example, `merge_method: pave_ties`.")
-    method = purified_method(str(raw["merge_method"]))
+    method = our_method(str(raw["merge_method"]))
     for where, mapping, fields in _sections(raw):
         if not isinstance(mapping, dict):
             yield error(where, "must be a mapping such as `model: NAME`.")
@@ -154,7 +165,7 @@ def _join(where: str, key: str) -> str:
 
 
 def _unknown(
-    mapping: Mapping[str, Any], fields: Iterable[str], where: str, method: PaveMerge
+    mapping: Mapping[str, Any], fields: Iterable[str], where: str, method: MergeMethod
 ) -> Iterator[Finding]:
     parameters = [p.name for p in method.spec.parameters] if "parameters" in fields else []
     for key in mapping:

@@ -157,7 +157,7 @@ def _check_adapter(entry: Input) -> None:
 def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
     """Whether every model's calibration data or store can be opened and fits."""
     for entry in inputs(config):
-        if not entry.purified:
+        if not entry.calibrated:
             continue
         try:
             if store := entry.get("covariance"):

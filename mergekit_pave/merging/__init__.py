@@ -6,9 +6,23 @@ They are ordinary mergekit methods: they take whatever weights they are given, a
 
 from __future__ import annotations
 
-from mergekit.merge_methods import MergeMethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods import MergeMethod
+
+    from mergekit_pave.statistics import Statistics
 
 
-def methods() -> tuple[MergeMethod, ...]:
+def methods(statistics: Statistics) -> tuple[MergeMethod, ...]:
     """One instance of each."""
-    return ()
+    from mergekit_pave.merging.emr import EmrMerge
+    from mergekit_pave.merging.regmean import RegMean
+    from mergekit_pave.merging.tsv import TaskSingularVectors
+
+    return (EmrMerge(), RegMean(statistics), TaskSingularVectors())
+
+
+# The first import of mergekit's methods makes the start-up hook ask for ours. Were it the import
+# in one of the modules here, that module would be half there.
+import mergekit.merge_methods  # noqa: E402, F401

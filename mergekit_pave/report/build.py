@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_pave import allocation, subspace
+from mergekit_pave.merging.tsv import factors, interference, kept_rank
 from mergekit_pave.report import measure
 from mergekit_pave.report.gather import Layer, Merge, explained, settings_summary
 from mergekit_pave.report.sample import Sample
@@ -130,15 +131,15 @@ def _between(
 ) -> dict[str, Any]:
     """Interference before and after, and whose directions coincide."""
     # As in TSV: all tasks together have as many components as the weight has rank.
-    count = max(1, layer.rank // len(layer.own))
+    count = kept_rank(layer.shape, len(layer.own))
     base = _wide(merge.base_weight(layer), device)
     before, after = [], []
     for number, basis in bases.items():
         weight = _wide(merge.weight(layer, number), device)
-        before.append(measure.factors(weight - base, count))
-        after.append(measure.factors(subspace.purify(weight, basis) - base, count))
-    was, was_relative = measure.interference(before)
-    now, now_relative = measure.interference(after)
+        before.append(factors(weight - base, count))
+        after.append(factors(subspace.purify(weight, basis) - base, count))
+    was, was_relative = interference(before)
+    now, now_relative = interference(after)
     # The leading directions only: large subspaces overlap anyway.
     top = max(1, min(count, layer.rank // 8))
     return {

@@ -27,7 +27,13 @@ from mergekit_pave.check.inputs import Input, configuration, inputs
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint
 from mergekit_pave.locate import LoaderOptions, model_source
-from mergekit_pave.parameters import CALIBRATION, COVARIANCE, DEFAULT_DAMPENING, PARAMETERS
+from mergekit_pave.parameters import (
+    CALIBRATION,
+    COVARIANCE,
+    DEFAULT_DAMPENING,
+    DEFAULT_RATIO,
+    PARAMETERS,
+)
 from mergekit_pave.plugin import register
 from mergekit_pave.statistics import open_store
 from mergekit_pave.store import CovarianceStore, same_layer
@@ -294,9 +300,13 @@ def _place_in(layer: Layer, number: int, model: Model, base: Tensor) -> tuple[st
 def _evaluate(name: str, setting: Any, tensor: str, t: float) -> Any:
     """mergekit's reading of filters and gradients, the default where none applies."""
     if setting is None:
-        return None
+        return _default(name)
     value = evaluate_setting(tensor, setting, t, validate=PARAMETERS[name].validate)
-    return PARAMETERS[name].default if value is None else value
+    return _default(name) if value is None else value
+
+
+def _default(name: str) -> Any:
+    return DEFAULT_RATIO["weight"] if name == "rank_ratio" else PARAMETERS[name].default
 
 
 def settings_summary(layers: Sequence[Layer]) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ ones PAVE drops (arXiv 2510.14697). Task vectors are `W - W_0`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,27 +20,6 @@ SHARES = (
 )
 # "Nearly all" of the energy, for the share of directions that hold it.
 NEARLY_ALL = 0.99
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The leading singular triples of one task vector.
-
-    Attributes:
-        u: (out, k), orthonormal columns.
-        s: (k,) descending.
-        v: (in, k), orthonormal columns.
-    """
-
-    u: Tensor
-    s: Tensor
-    v: Tensor
-
-
-def factors(delta: Tensor, count: int) -> Factors:
-    """The `count` leading singular triples of `delta` (out, in), in float32."""
-    u, s, vh = torch.linalg.svd(delta.to(torch.float32), full_matrices=False)
-    return Factors(u[:, :count].clone(), s[:count].clone(), vh[:count].mT.clone())
 
 
 def sample_spectrum(values: Tensor) -> list[float]:
@@ -103,20 +81,6 @@ def effective_rank(covariance: Tensor) -> float:
     values = torch.linalg.eigvalsh(covariance.to(torch.float64)).clamp_min(0)
     p = values / values.sum()
     return torch.special.entr(p).sum().exp().item()
-
-
-def interference(parts: Sequence[Factors]) -> tuple[float, float]:
-    """Singular task interference of truncated task vectors, and the same over `sum s_i`.
-
-    `|(U^T U - I) S (V^T V - I)|_1` with the tasks' factors side by side (Gargiulo et al.,
-    Task Singular Vectors, arXiv 2412.00081); the norm is the sum of absolute entries.
-    0 when no two tasks share an input or an output direction.
-    """
-    u, v = (torch.cat(side, 1) for side in ([p.u for p in parts], [p.v for p in parts]))
-    s = torch.cat([p.s for p in parts])
-    eye = torch.eye(len(s), dtype=u.dtype, device=u.device)
-    value = ((u.mT @ u - eye) * s @ (v.mT @ v - eye)).abs().sum().item()
-    return value, value / max(s.sum().item(), torch.finfo(s.dtype).tiny)
 
 
 def overlap(a: Tensor, b: Tensor) -> float:

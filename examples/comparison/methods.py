@@ -1,0 +1,246 @@
+"""What is compared, as data: every entry becomes YAML files that `mergekit-yaml` runs.
+
+To add a method, add an entry. One that the installed mergekit does not know is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Seven strengths each. A plain method tries all and then one between the best two; a purified
+# one finds the best with five and spends three on its ratio: eight merges for everyone.
+SUM = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # of methods that add task vectors up
+MEAN = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of methods that average them
+SOLVED = (0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of closed forms, where 1 is the solution
+WEIGHT_RATIOS = (0.98, 0.95, 0.99, 0.998)  # of `purify: weight`; the first is the default
+DELTA_RATIOS = (0.25, 0.1, 0.5, 0.8)  # of `purify: delta`
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the comparison.
+
+    Attributes:
+        name: in tables and files.
+        merge_method: mergekit's.
+        group: `plain`, `paper` (as the PAVE paper purifies), `delta`, or `per task`.
+        strengths: values of `lambda` that are tried, in order; none for a method without one.
+        ratios: values of `rank_ratio` that are tried, the default first.
+        parameters: of the merge.
+        model_parameters: of every model.
+        twin: the plain method that this one purifies.
+        task_models: makes one model for every task (`emr`).
+    """
+
+    name: str
+    merge_method: str
+    group: str
+    strengths: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    model_parameters: Mapping[str, Any] = field(default_factory=dict)
+    twin: str | None = None
+    task_models: bool = False
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One change to a tuned method, nothing tuned again.
+
+    Attributes:
+        parent: a method's name.
+        curve: which figure or table it belongs to.
+        value: its place on that curve.
+        parameters: replaced in the merge.
+        samples: rows of calibration instead of the setting's.
+        calibration: `own`, the `next` task's rows, or `none` at all.
+    """
+
+    parent: str
+    curve: str
+    value: str | float
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    samples: int | None = None
+    calibration: str = "own"
+
+    @property
+    def name(self) -> str:
+        return f"{self.parent}, {self.curve} {self.value}"
+
+
+_SPARSE = {"weight": 1.0, "density": 0.2}
+_PLAIN = (
+    # name, strengths, parameters of every model
+    ("task_arithmetic", SUM, {"weight": 1.0}),
+    ("ties", MEAN, _SPARSE),
+    ("dare_linear", SUM, _SPARSE),
+    ("dare_ties", SUM, _SPARSE),
+    ("breadcrumbs", SUM, {"weight": 1.0, "density": 0.8, "gamma": 0.05}),
+    ("della", MEAN, {"weight": 1.0, "density": 0.5}),
+    ("tsv_m", MEAN, {"weight": 1.0}),
+    ("regmean", SOLVED, {"weight": 1.0}),
+)
+
+
+def _purified(name: str, strengths: tuple[float, ...], of_models: Mapping, delta: bool) -> Method:
+    return Method(
+        f"pave_{name}" + (" (delta)" if delta else ""),
+        f"pave_{name}",
+        "delta" if delta else "paper",
+        strengths,
+        DELTA_RATIOS if delta else WEIGHT_RATIOS,
+        # Said only where it is not the default, so that both run before and after it exists.
+        {"purify": "delta"} if delta else {},
+        of_models,
+        twin=name,
+    )
+
+
+METHODS: tuple[Method, ...] = (
+    Method("average", "linear", "plain", model_parameters={"weight": 1.0}),
+    *(Method(name, name, "plain", grid, model_parameters=own) for name, grid, own in _PLAIN),
+    *(_purified(*entry, delta=False) for entry in _PLAIN),
+    *(_purified(*entry, delta=True) for entry in _PLAIN),
+    Method("emr", "emr", "per task", task_models=True),
+    Method("pave_emr", "pave_emr", "per task", (), WEIGHT_RATIOS, twin="emr", task_models=True),
+    Method("pave_emr (delta)", "pave_emr", "per task", (), DELTA_RATIOS, {"purify": "delta"},
+           twin="emr", task_models=True),
+)
+QUICK = ("average", "task_arithmetic", "ties", "pave_ties", "pave_ties (delta)", "emr")
+
+_ABLATED = ("pave_task_arithmetic", "pave_task_arithmetic (delta)")
+_CURVE = {
+    "paper": (0.8, 0.9, 0.95, 0.98, 0.99, 0.998),
+    "delta": (0.05, 0.1, 0.25, 0.5, 0.75, 0.9),
+}
+
+
+def ablations(samples: tuple[int, ...], quick: bool) -> tuple[Ablation, ...]:
+    """All of them; `samples` are the sizes of the sample-size curve."""
+    if quick:
+        return (
+            Ablation("pave_ties", "subspace random, ratio", 0.9,
+                     {"rank_ratio": 0.9, "subspace": "random"}),
+            Ablation("pave_ties", "samples", samples[0], samples=samples[0]),
+        )
+    result = []
+    for parent in _ABLATED:
+        (group,) = (method.group for method in METHODS if method.name == parent)
+        for space in ("covariance", "svd", "random"):
+            result += [
+                Ablation(parent, f"subspace {space}, ratio", ratio,
+                         {"rank_ratio": ratio, "subspace": space})
+                for ratio in _CURVE[group]
+            ]
+        result += [Ablation(parent, "samples", count, samples=count) for count in samples]
+        result += [
+            Ablation(parent, "dampening", value, {"dampening_frac": value})
+            for value in (0.001, 0.01, 0.1, 1.0)
+        ]
+        result += [
+            Ablation(parent, "allocation", "uniform", {"rank_allocation": "uniform"}),
+            Ablation(parent, "subspace", "svd", {"subspace": "svd"}),
+            Ablation(parent, "subspace", "random", {"subspace": "random"}),
+            Ablation(parent, "calibration", "of the next task", calibration="next"),
+            Ablation(parent, "calibration", "without data", calibration="none"),
+        ]
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a merge finds its models and data."""
+
+    out: Path
+    seed: int
+    tasks: tuple[str, ...]
+    samples: int
+    max_length: int
+
+    def expert(self, task: str) -> Path:
+        return self.out / "experts" / str(self.seed) / task
+
+
+def configuration(
+    method: Method,
+    place: Place,
+    strength: float | None = None,
+    ratio: float | None = None,
+    ablation: Ablation | None = None,
+) -> dict[str, Any]:
+    """The merge as mergekit reads it."""
+    shared = dict(method.parameters)
+    if strength is not None:
+        shared["lambda"] = strength
+    if ratio is not None:
+        shared["rank_ratio"] = ratio
+    if ablation:
+        shared |= ablation.parameters
+    data = needs_data(method)
+    if data:
+        shared |= {
+            "num_calibration_samples": (ablation and ablation.samples) or place.samples,
+            "max_seq_length": place.max_length,
+        }
+    models = []
+    for index, task in enumerate(place.tasks):
+        own = dict(method.model_parameters)
+        if data:
+            own["calibration_dataset"] = _calibration(place, index, ablation)
+        models.append({"model": str(place.expert(task)), "parameters": own})
+    result = {
+        "merge_method": method.merge_method,
+        "models": models,
+        "parameters": shared,
+        "dtype": "float32",
+    }
+    if method.merge_method != "linear":  # has no base
+        result["base_model"] = str(place.out / "base")
+    return {key: value for key, value in result.items() if value != {}}
+
+
+def _calibration(place: Place, index: int, ablation: Ablation | None) -> str:
+    source = ablation.calibration if ablation else "own"
+    if source == "none":
+        return "none"
+    task = place.tasks[(index + (source == "next")) % len(place.tasks)]
+    return str(place.out / "calibration" / f"{task}.jsonl")
+
+
+def text(configuration: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(configuration, sort_keys=False)
+
+
+def _declared(merge_method: str) -> dict[str, Any]:
+    """The parameters of a registered method; `KeyError` without one."""
+    from mergekit.merge_methods import registered_methods
+
+    specs = {method.spec.name: method.spec for method in registered_methods()}
+    return {parameter.name: parameter for parameter in specs[merge_method].parameters}
+
+
+def needs_data(method: Method) -> bool:
+    return "calibration_dataset" in _declared(method.merge_method)
+
+
+def unavailable(method: Method) -> str | None:
+    """Why the installed mergekit cannot run the method, or None where it can."""
+    try:
+        declared = _declared(method.merge_method)
+    except KeyError:
+        return f"no merge method {method.merge_method}"
+    wanted = dict(method.parameters) | dict(method.model_parameters)
+    wanted |= {"lambda": 1.0} if method.strengths else {}
+    for name, value in wanted.items():
+        if name not in declared:
+            return f"{method.merge_method} has no parameter {name}"
+        try:
+            declared[name].validate(value)
+        except Exception as error:  # whatever a method refuses a value with
+            return f"{method.merge_method} refuses {name}: {value} ({error})"
+    return None

@@ -1,0 +1,300 @@
+"""The task models of an EMR merge: loaded with transformers, or written as ordinary folders.
+
+A task's weight is told from the merged one, the base's and one bit per entry (`merging.emr`), a
+tensor at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import click
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mergekit.architecture.conversion import convert_checkpoint_tensors
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tensor_writer import TensorWriter
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mergekit_pave import hub
+from mergekit_pave.calibration.model import model_class
+from mergekit_pave.check.inputs import configuration, model_reference
+from mergekit_pave.check.keys import read_yaml
+from mergekit_pave.check.models import read_config
+from mergekit_pave.disk import to_disk
+from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions, model_source
+from mergekit_pave.merging.emr import Sums, scale, task_weight
+from mergekit_pave.public import is_local
+from mergekit_pave.task_masks import RESCALERS, Masked, TaskMasks, identity
+
+_CONFIGURATION = "mergekit_config.yml"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+# They tell how the merge was made.
+_OF_THE_MERGE = ("README.md", _CONFIGURATION, "pave_report.json")
+
+
+def load_task_model(
+    merged: Path | str,
+    task: str | int,
+    *,
+    base: str | None = None,
+    rescaler: str | None = None,
+    **kwargs: Any,
+) -> transformers.PreTrainedModel:
+    """The model of one task of an EMR merge.
+
+    Args:
+        merged: folder or Hub id of the merged model.
+        task: the fine-tune's public name (a Hub id or the last part of a path), or its index.
+        base: the base model; found by itself where it is on the Hub, or where the merge's own
+            `mergekit_config.yml` leads to it.
+        rescaler: `tensor_mean` or `global` instead of what the merge was made with.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        PaveError: no masks, no such task, another base, or damaged files.
+    """
+    folder = _folder(merged, LoaderOptions())
+    trust = kwargs.get("trust_remote_code", False)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    state = dict(task_tensors(folder, task, base=base, rescaler=rescaler))
+    model = model_class(config).from_pretrained(None, config=config, state_dict=state, **kwargs)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def task_tensors(
+    merged: Path | str,
+    task: str | int,
+    *,
+    base: str | None = None,
+    rescaler: str | None = None,
+    options: LoaderOptions | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint tensors of one task, in the merged model's dtype, shard by shard.
+
+    A tensor in which the task took no part is that of the merged model. Arguments and errors as
+    in `load_task_model`.
+    """
+    options = options or LoaderOptions()
+    folder = _folder(merged, options)
+    masks = TaskMasks(folder)
+    index = masks.task(task)
+    hub.check_finished(folder)
+    shards = ShardedTensorIndex.from_disk(str(folder))
+    missing = masks.tensors.keys() - shards.tensor_paths.keys()
+    if missing:
+        raise PaveError(
+            f"{folder} has masks for {min(missing)} and no such weight; merge again."
+        )
+    found = _Base(_base_folder(folder, masks, base, options), masks)
+    factor = _factor(masks, index, rescaler)
+    loader = LazyTensorLoader(shards, lazy_unpickle=False)
+    for shard in shards.shards:
+        for name in sorted(shard.contained_keys):
+            tensor = loader.get_tensor(name)
+            mask = masks.mask(name, index)
+            if mask is not None:
+                if mask.shape != tensor.shape:
+                    raise PaveError(
+                        f"{name} of {folder} has another shape than its task masks; merge again."
+                    )
+                tensor = task_weight(found.tensor(name), tensor, mask, factor).to(tensor.dtype)
+            yield name, tensor
+
+
+def materialize(
+    merged: Path | str,
+    task: str | int,
+    out: Path | str,
+    *,
+    base: str | None = None,
+    rescaler: str | None = None,
+    options: LoaderOptions | None = None,
+) -> None:
+    """Write one task's model as a folder of its own; it appears when it is complete.
+
+    Config and tokenizer are the merged model's. Arguments and errors as in `load_task_model`.
+    """
+    options = options or LoaderOptions()
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PaveError(f"{out} exists already; choose another folder for the task's model.")
+    folder = _folder(merged, options)
+    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    try:
+        writer = TensorWriter(str(temporary))
+        tensors = task_tensors(folder, task, base=base, rescaler=rescaler, options=options)
+        for name, tensor in tensors:
+            writer.save_tensor(name, tensor)
+        writer.finalize()
+        for file in _companions(folder):
+            shutil.copyfile(file, temporary / file.name)
+        for file in temporary.iterdir():
+            to_disk(file)
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+        to_disk(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PaveError(f"Cannot write the task's model to {out}: {reason}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    """Config, tokenizer and what else the merged model needs beside its weights."""
+    for file in sorted(folder.iterdir()):
+        hidden = file.name.startswith(".")
+        if file.is_file() and not hidden and not file.name.endswith((*_WEIGHTS, *_OF_THE_MERGE)):
+            yield file
+
+
+def _factor(masks: TaskMasks, task: int, rescaler: str | None) -> float:
+    rescaler = rescaler or masks.rescaler
+    if rescaler not in RESCALERS:
+        raise PaveError(f"rescaler must be one of {', '.join(RESCALERS)}; got {rescaler!r}.")
+    rows = [(t, t.tasks.index(task)) for t in masks.tensors.values() if task in t.tasks]
+    return scale((Sums(t.own[i], t.unified[i], t.count) for t, i in rows), rescaler)
+
+
+# --- what they consist of ------------------------------------------------------------------
+
+
+def _folder(merged: Path | str, options: LoaderOptions) -> Path:
+    """The merged model's folder, downloaded if it is on the Hub."""
+    if os.path.isdir(merged):
+        return Path(merged)
+    if is_local(str(merged)):
+        raise PaveError(f"There is no model folder {merged}.")
+    repo, _, revision = str(merged).partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, cache_dir=options.cache_dir))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise PaveError(
+            f"{str(merged)!r} is neither a local folder nor a model on the Hub that can be "
+            f"reached ({type(error).__name__})."
+        ) from error
+
+
+def _base_folder(
+    merged: Path, masks: TaskMasks, given: str | None, options: LoaderOptions
+) -> Path:
+    name = given or masks.base["hub"]
+    # A public record holds no local path; mergekit's own file, beside the model, does.
+    reference = model_reference(name) if name else _configured_base(merged)
+    if reference is None:
+        raise PaveError(
+            f"{merged} was merged from the local base {masks.base['id']}, which is not found here: "
+            "name its folder with --base."
+        )
+    read_config(reference, options)
+    return Path(model_source(reference, options).path)
+
+
+def _configured_base(merged: Path) -> ModelReference | None:
+    """The base in the configuration beside the model, where it still is a folder."""
+    try:
+        base = configuration(read_yaml((merged / _CONFIGURATION).read_text("utf-8"))).base_model
+    except (OSError, ValueError, PaveError):
+        return None
+    return base if base and os.path.isdir(base.model.path) else None
+
+
+class _Base:
+    """The base's tensors as they were merged, whatever its checkpoint calls them."""
+
+    def __init__(self, folder: Path, masks: TaskMasks):
+        self._folder = folder
+        self._masks = masks
+        self._loader = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
+
+    def tensor(self, name: str) -> Tensor:
+        """The base's values of a masked tensor.
+
+        Slices rename layers, and checkpoints differ in prefixes and layout: the name is tried
+        first, and values decide.
+        """
+        wanted = self._masks.tensors[name]
+        if wanted.keeps_base:
+            return self._masks.kept_base(name)
+        for candidate in self._candidates(name, wanted):
+            for tensor in self._casts(candidate, wanted):
+                if identity(tensor) == wanted.base:
+                    return tensor
+        raise PaveError(
+            f"{self._folder} is not the base of this merge, {self._masks.base['id']} (first "
+            f"difference: {name}); name that one with --base."
+        )
+
+    def _candidates(self, name: str, wanted: Masked) -> Iterator[Tensor]:
+        paths = self._loader.index.tensor_paths
+        if name in paths:
+            yield self._loader.get_tensor(name)
+        if wanted.base in self._names:
+            yield self._loader.get_tensor(self._names[wanted.base])
+        sources = {key: partial(self._loader.get_tensor, key) for key in paths}
+        config, _ = transformers.PretrainedConfig.get_config_dict(self._folder)
+        converted = convert_checkpoint_tensors(config.get("model_type"), sources, name)
+        if converted is not None:
+            yield converted
+
+    def _casts(self, tensor: Tensor, wanted: Masked) -> Iterator[Tensor]:
+        """As mergekit cast it; a purified one has been widened again after that."""
+        merged = dtype_from_name(wanted.dtype)
+        yield tensor.to(merged)
+        if self._masks.dtype:
+            yield tensor.to(dtype_from_name(self._masks.dtype)).to(merged)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        dtype = dtype_from_name(self._masks.dtype)
+        names = {}
+        for shard in self._loader.index.shards:
+            for key in shard.contained_keys:
+                tensor = self._loader.get_tensor(key)
+                names[identity(tensor.to(dtype or tensor.dtype))] = key
+        return names
+
+
+# --- the command ---------------------------------------------------------------------------
+
+
+@click.command("materialize")
+@click.argument("merged", metavar="OUT")
+@click.argument("task")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--base", metavar="MODEL", help="The base model, where it is not found by itself: "
+              "a local one that has moved, or is on another machine.")
+@click.option("--rescaler", type=click.Choice(RESCALERS), help="Weigh the tensors otherwise than "
+              "the merge did: each alike, or by size.")
+@click.option("--lora-merge-cache", help="Folder for the merged copy of a base with an adapter.")
+@click.option("--transformers-cache", help="Folder for downloads.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the base's repository run code.")
+def materialize_command(merged, task, folder, base, rescaler, lora_merge_cache,
+                        transformers_cache, trust_remote_code) -> None:
+    """Write the model of one TASK of an EMR merge to the folder DIR.
+
+    OUT is what `merge_method: emr` or `pave_emr` wrote, a folder or a Hub id. TASK is one of the
+    models that were merged: its Hub id, the last part of its path, or its number from 0; any
+    other word lists them. DIR becomes an ordinary model folder with OUT's config and tokenizer.
+
+    \b
+    Examples:
+        mergekit-pave materialize ./merged math-expert ./merged-math
+        mergekit-pave materialize me/merged 0 ./merged-math --base ./base
+    """
+    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
+    materialize(merged, task, folder, base=base, rescaler=rescaler, options=options)
+    click.echo(f"{folder}: the model of {task}.")

@@ -1,0 +1,81 @@
+"""Writing a folder as a whole, and the files of a model folder beside its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mergekit_pave.disk import to_disk
+from mergekit_pave.errors import PaveError
+from mergekit_pave.public import is_local, name_of
+from mergekit_pave.store import write_atomically
+
+_COMPANIONS = re.compile(
+    r"(config|generation_config|special_tokens_map|added_tokens|chat_template|vocab|\w*tokenizer\w*"
+    r"|\w*processor(_config)?)\.json|.*\.(py|model|jinja|tiktoken|spm)|(vocab|merges)\.txt"
+)
+# Keys in them that can hold a path of the machine they were made on.
+_PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """Config, tokenizer and remote code of a model folder, by name."""
+    return {f.name: f for f in sorted(folder.iterdir())
+            if f.is_file() and _COMPANIONS.fullmatch(f.name)}
+
+
+def copy_companions(tuned: Path, base: Path, out: Path) -> list[str]:
+    """Copy those that the base does not have just so; the names of all."""
+    own, theirs = companions(tuned), companions(base)
+    for name, file in own.items():
+        content = file.read_bytes()
+        if name in theirs and theirs[name].read_bytes() == content:
+            continue
+        if name in ("config.json", "tokenizer_config.json"):
+            content = _public(content)
+        out.mkdir(exist_ok=True)
+        write_atomically(out / name, lambda path, content=content: path.write_bytes(content))
+    return list(own)
+
+
+def _public(content: bytes) -> bytes:
+    """A JSON mapping with local paths cut to their names."""
+    values = json.loads(content)
+    for key in _PATHS:
+        if isinstance(values.get(key), str) and is_local(values[key]):
+            values[key] = name_of(values[key])
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which gets its name when the block has ended well.
+
+    Raises:
+        PaveError: what went wrong with the disk.
+    """
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            to_disk(file)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+        to_disk(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PaveError(f"Cannot write {folder}: {reason}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""RegMean against its normal equations, alone and purified, with data and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mergekit.merge_methods import merge_tensors
+from test_calibration import reference, spec_of
+from test_merge import config_of, merge, papers_formula, tensors_of
+
+from mergekit_pave.errors import PaveError
+from mergekit_pave.merging.regmean import regmean
+
+
+def closed_form(weights, covariances, off_diagonal, shares=None):
+    """`(sum w W C) (sum w C)^-1` of whole weights in float64, as the paper writes it."""
+    shares = shares or [1.0] * len(weights)
+    scaled = [share * (off_diagonal * c.double() + (1 - off_diagonal) * c.double().diag().diag())
+              for share, c in zip(shares, covariances, strict=True)]
+    top = sum(w.double() @ c for w, c in zip(weights, scaled, strict=True))
+    return top @ torch.linalg.inv(sum(scaled))
+
+
+def moment(width: int, rows: int = 200, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator) * torch.logspace(0, -1, width)
+    return x.T @ x / rows
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
+def test_it_solves_the_normal_equations(off_diagonal):
+    torch.manual_seed(0)
+    base, *weights = torch.randn(4, 10, 16)
+    covariances = [moment(16, seed=i) for i in range(3)]
+    shares = [1.0, 2.0, 0.5]
+    got = base + regmean([w - base for w in weights], covariances, shares, off_diagonal)
+    expected = closed_form(weights, covariances, off_diagonal, shares)
+    assert (got - expected).norm() < 1e-5 * (expected - base).norm()
+
+
+def test_nothing_beats_it_on_its_own_objective():
+    torch.manual_seed(1)
+    deltas, covariances = list(torch.randn(2, 6, 12).double()), [moment(12, seed=i) for i in (3, 4)]
+
+    def loss(delta):
+        gaps = [delta - d for d in deltas]
+        return sum((g @ c.double() * g).sum() for g, c in zip(gaps, covariances, strict=True))
+
+    best = regmean(deltas, covariances, [1.0, 1.0], 1.0)
+    assert all(loss(best) < loss(best + 0.01 * torch.randn(6, 12)) for _ in range(20))
+    assert loss(best) < loss(sum(deltas) / 2)
+
+
+def test_equal_covariances_give_the_mean_and_one_model_itself():
+    torch.manual_seed(2)
+    deltas = list(torch.randn(3, 5, 8).double())
+    mean = regmean(deltas, [moment(8)] * 3, [1.0] * 3, 0.9)
+    assert torch.allclose(mean, sum(deltas) / 3, atol=1e-6)
+    assert torch.allclose(regmean(deltas[:1], [moment(8)], [1.0], 0.9), deltas[0], atol=1e-6)
+
+
+def test_a_dead_feature_divides_nothing_by_zero():
+    dead = moment(8)
+    dead[3], dead[:, 3] = 0, 0
+    assert regmean(torch.randn(2, 4, 8), [dead, dead], [1.0, 1.0], 0.9).isfinite().all()
+    with pytest.raises(ValueError, match="empty"):
+        regmean(torch.randn(1, 4, 8), [torch.zeros(8, 8)], [1.0], 0.9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_stock_merge_solves_every_linear_layer(families, texts, tmp_path, kind):
+    paths = families(kind)
+    config = _config(paths, "regmean", texts)
+    merged = merge(config, tmp_path / "out")
+    base = tensors_of(paths["base"])
+    experts = [tensors_of(paths[f"expert{i}"]) for i in range(2)]
+    covariances = [reference(paths[f"expert{i}"], kind, spec_of(texts[i])) for i in range(2)]
+    checked = 0
+    for name, expected in base.items():
+        key = name if name in covariances[0] else f"transformer.{name}"
+        plain = sum(e[name] for e in experts) / 2
+        if key in covariances[0] and "lm_head" not in key:
+            weights = [e[name].T if kind == "gpt2" else e[name] for e in experts]
+            expected = closed_form(weights, [c[key] for c in covariances], 0.9)
+            expected = expected.T if kind == "gpt2" else expected
+            assert (merged[name] - expected).norm() < 1e-4 * (expected - base[name]).norm(), name
+            assert (expected - plain).norm() > 0.05 * (expected - base[name]).norm()
+            checked += 1
+        else:
+            assert torch.allclose(merged[name], plain, atol=1e-6)
+    assert checked >= 8
+
+
+def _config(paths, method, texts, **shared):
+    config = config_of(paths, method, texts, num_calibration_samples=40, **shared)
+    for model, data in zip(config["models"], texts, strict=True):
+        model["parameters"] = {"calibration_dataset": str(data)}
+    return config
+
+
+def test_its_twin_solves_with_the_covariances_of_the_unpurified_models(families, texts, tmp_path):
+    paths = families("llama")
+    shared = {"rank_ratio": 0.8, "rank_allocation": "uniform"}
+    merged = merge(_config(paths, "pave_regmean", texts, **shared), tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    covariances = [reference(paths[f"expert{i}"], "llama", spec_of(texts[i]))[name]
+                   for i in range(2)]
+    weights = [papers_formula(tensors_of(paths[f"expert{i}"])[name], covariances[i], 0.8)
+               for i in range(2)]
+    expected = closed_form(weights, covariances, 0.9)
+    base = tensors_of(paths["base"])[name]
+    assert (merged[name] - expected).norm() < 1e-4 * (expected - base).norm()
+    off = merge(_config(paths, "pave_regmean", texts, rank_ratio=1.0), tmp_path / "off")
+    plain = merge(_config(paths, "regmean", texts), tmp_path / "plain")
+    assert all(torch.equal(off[key], plain[key]) for key in plain)
+
+
+def test_without_data_the_task_vectors_stand_in_for_the_inputs(families, tmp_path, monkeypatch):
+    from mergekit_pave import statistics
+
+    monkeypatch.setattr(statistics, "cached_store", None)  # calibrating would fail
+    paths = families("gpt2")
+    merged = merge(_config(paths, "regmean", ["none", "none"]), tmp_path / "out")
+    name = "transformer.h.0.mlp.c_fc.weight"  # stored (in, out)
+    base, *weights = (tensors_of(p)[name].double() for p in paths.values())
+    moments = [(w - base) @ (w - base).T for w in weights]
+    expected = closed_form([w.T for w in weights], moments, 0.9).T
+    assert (merged[name] - expected).norm() < 1e-4 * (expected - base).norm()
+    purified = merge(_config(paths, "pave_task_arithmetic", ["none", "none"], weight=1.0,
+                             rank_ratio=0.8), tmp_path / "pave")
+    plain = merge(_config(paths, "task_arithmetic", ["none", "none"], weight=1.0),
+                  tmp_path / "plain")
+    position = "transformer.wpe.weight"
+    assert not torch.equal(purified[name], plain[name])
+    assert torch.equal(purified[position], plain[position])
+
+
+def test_it_says_what_is_missing(families, texts, tmp_path):
+    paths = families("llama")
+    config = _config(paths, "regmean", texts)
+    del config["models"][1]["parameters"]["calibration_dataset"]
+    with pytest.raises(PaveError, match="has no calibration data.*calibration_dataset: none"):
+        merge(config, tmp_path / "out")
+    config = _config(paths, "regmean", texts, reduce_non_diagonal_ratio=1.5)
+    with pytest.raises(PaveError, match="reduce_non_diagonal_ratio.*must be between 0 and 1"):
+        merge(config, tmp_path / "out")
+    with pytest.raises(PaveError, match="every weight .* is 0"):
+        merge(_config(paths, "regmean", texts, weight=0.0), tmp_path / "out")
+
+
+def test_in_memory_it_needs_a_store():
+    base, expert = torch.randn(2, 4, 8)
+    with pytest.raises(PaveError, match="cannot be calibrated"):
+        merge_tensors([base, expert], method="regmean", base_index=0)
