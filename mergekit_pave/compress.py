@@ -35,7 +35,7 @@ from mergekit_pave.disk import to_disk
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest
 from mergekit_pave.locate import LoaderOptions, model_source
-from mergekit_pave.merging.tsv import kept_rank
+from mergekit_pave.merging.tsv import RANK_FRACTION, kept_rank
 from mergekit_pave.model_folder import appearing, copy_companions
 from mergekit_pave.public import is_local, name_of
 from mergekit_pave.store import MANIFEST, write_atomically
@@ -99,7 +99,7 @@ class Summary:
         if self.adapter is not None:
             text += (
                 f" The LoRA adapter has {self.adapter} linear weights; {self.left_out} changed "
-                "tensors (norms, biases, embeddings, ...) cannot be in it."
+                "tensors are not in it (norms, biases, embeddings, what is kept whole)."
             )
         return text
 
@@ -275,6 +275,7 @@ def compress(
         PaveError: a bad configuration, models that do not fit, or a folder in use.
     """
     options, out = options or LoaderOptions(), Path(out)
+    rank_fraction = RANK_FRACTION.validate(rank_fraction)
     base, models = _models(raw)
     for model in (base, *models):
         read_config(model, options)
@@ -294,8 +295,7 @@ def compress(
             with appearing(out / name) as folder:
                 _compress_task(tuned, source, folder, header, settings,
                                device or torch.device("cpu"))
-        manifest = json.loads((out / name / MANIFEST).read_text("utf-8"))
-        summaries.append(Summary(**manifest["summary"]))
+        summaries.append(Summary(**_manifest(out / name)["summary"]))
     return summaries
 
 
@@ -348,16 +348,20 @@ def _check_output(out: Path, names: Iterable[str]) -> None:
 def _is_finished(folder: Path, header: Mapping[str, Any]) -> bool:
     if not folder.exists():
         return False
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
-        manifest = {}
-    if manifest.get("format") == FORMAT and header.items() <= manifest.items():
+    manifest = _manifest(folder)
+    if manifest.get("format") == FORMAT and all(manifest.get(k) == v for k, v in header.items()):
         return True
     raise PaveError(
         f"{folder} is not from an interrupted run with these models and options; choose another "
         "folder."
     )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 # --- command -------------------------------------------------------------------------------

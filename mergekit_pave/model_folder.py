@@ -75,7 +75,6 @@ def appearing(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
         to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PaveError(f"Cannot write {folder}: {reason}.") from error
+        raise PaveError(f"Cannot finish {folder}: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -362,3 +365,12 @@ def test_the_purified_twin(families, texts, tmp_path):
     assert (found[name] - plain[name]).norm() > 0.05 * plain[name].norm()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(model.state_dict()[name], found[name])
+
+
+def test_importing_it_first_registers_it():
+    """Not half imported, when the start-up hook asks for it in the middle of its import."""
+    code = ("import mergekit_pave.merging.tsv, mergekit.merge_methods as m; "
+            "print(m.get('tsv_m').spec.name, m.get('pave_tsv_m').spec.name)")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split() == ["tsv_m", "pave_tsv_m"], found.stderr
+    assert "could not attach" not in found.stderr

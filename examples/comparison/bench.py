@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ class Bench:
             "quick": self.quick, "metric": self.setting.METRIC, "yaml": source,
             "seconds": round(seconds, 2), "rows": rows,
         }
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(found))
         part.rename(file)
 
@@ -145,7 +146,7 @@ class Bench:
     ) -> Iterator[dict[str, Path]]:
         """The merged model of every task; gone afterwards. The YAML stays."""
         # A folder of its own for every merge: settings remember the model they opened last.
-        folder = self.out / "merged" / self._file(source, seed, "").stem
+        folder = self.out / "merged" / f"{self._file(source, seed, '').stem}-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         config = folder / "merge.yml"

@@ -19,7 +19,6 @@ class Tested:
     method: Method
     tuned: Tuned
     rows: list[Rows]
-    exact: list[float] | None = None
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Comparison:
     seeds: tuple[int, ...]
     references: dict[str, list[Rows]]
     tested: dict[str, Tested] = field(default_factory=dict)
-    ablated: dict[Ablation, Rows] = field(default_factory=dict)
+    ablated: list[tuple[Ablation, Rows]] = field(default_factory=list)
     exact: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -47,7 +46,7 @@ class Comparison:
         """Ablations and their parents, on the first seed."""
         scores = {name: rows[:1] for name, rows in self.references.items()}
         scores |= {name: t.rows[:1] for name, t in self.tested.items()}
-        scores |= {ablation.name: [rows] for ablation, rows in self.ablated.items()}
+        scores |= {ablation.name: [rows] for ablation, rows in self.ablated}
         return self._bootstrap(scores, resample_tasks=True)
 
     def _bootstrap(self, scores: Mapping[str, list[Rows]], resample_tasks: bool) -> Bootstrap:
@@ -89,8 +88,8 @@ def compare(
         result.tested[method.name] = tested
     for ablation in ablations:
         if ablation.parent in result.tested:
-            result.ablated[ablation] = _ablated(bench, result.tested[ablation.parent], ablation,
-                                                seeds[0])
+            rows = _ablated(bench, result.tested[ablation.parent], ablation, seeds[0])
+            result.ablated.append((ablation, rows))
     return result
 
 

@@ -6,13 +6,12 @@ Heads are not merged: every task keeps its own, and scores an encoder under it.
 from __future__ import annotations
 
 import functools
-import json
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
-from folders import all_or_nothing
+from folders import all_or_nothing, write_rows
 from safetensors.torch import load_file, save_file
 from tasks import BASE_PACKAGE
 from tasks_encoder import TASKS
@@ -72,11 +71,9 @@ def prepare(out: Path, quick: bool) -> None:
         with all_or_nothing(out / "base") as base:
             AutoModel.from_pretrained(str(folder)).save_pretrained(base)
             AutoTokenizer.from_pretrained(str(folder)).save_pretrained(base)
-    (out / "calibration").mkdir(exist_ok=True)
     for task in NAMES:
         texts, _ = rows(task, quick)["train"]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts[:CALIBRATION_ROWS]]
-        (out / "calibration" / f"{task}.jsonl").write_text("".join(lines))
+        write_rows(out / "calibration" / f"{task}.jsonl", texts[:CALIBRATION_ROWS])
 
 
 def train(out: Path, task: str, seed: int, quick: bool) -> None:

@@ -1,7 +1,9 @@
-"""Folders that are complete or absent."""
+"""Folders and files that are complete or absent."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,3 +19,15 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
     yield part
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def write_rows(file: Path, texts: list[str]) -> None:
+    """Calibration rows, `{"text": ...}` per line. A file that is right is left alone: another
+    run may be reading it."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if file.exists() and file.read_text() == lines:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(lines)
+    part.rename(file)

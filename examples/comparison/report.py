@@ -74,7 +74,7 @@ def ablation_records(comparison: Comparison) -> list[Record]:
         return []
     drawn = comparison.ablation_bootstrap()
     result = []
-    for ablation in comparison.ablated:
+    for ablation, _ in comparison.ablated:
         tested = comparison.tested[ablation.parent]
         place = comparison.bench.place(comparison.seeds[0])
         config = configuration(tested.method, place, tested.tuned.strength, tested.tuned.ratio,

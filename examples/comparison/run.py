@@ -76,6 +76,7 @@ def _surroundings() -> None:
     # Threads that spin while they wait are several times slower when anything else wants cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["HF_HUB_OFFLINE"] = "1"  # every input is local
+    os.environ["TQDM_DISABLE"] = "1"  # hundreds of merges
     for folder in (HERE, HERE.parent / "quickstart"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -99,6 +100,7 @@ def _setting(name: str, out: Path, args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     os.environ["MERGEKIT_PAVE_CACHE"] = str(out / "cache")
     start = time.perf_counter()
     bench = Bench(importlib.import_module(name), out, args.quick)

@@ -152,12 +152,14 @@ def singular_task_interference(
 # --- mergekit's class ----------------------------------------------------------------------
 
 
+RANK_FRACTION = Parameter(
+    "rank_fraction", float, None, False,
+    "share of every matrix's rank that each model keeps; one over the number of models that "
+    "changed it when not given",
+    gradient=True, accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1"))
 PARAMETERS = (
     Parameter("weight", float, 1.0, True, "scales the model's delta before its decomposition"),
-    Parameter("rank_fraction", float, None, False,
-              "share of every matrix's rank that each model keeps; one over the number of models "
-              "that changed it when not given",
-              gradient=True, accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1")),
+    RANK_FRACTION,
     Parameter("lambda", float, 1.0, False, "scales the merged deltas of matrices", gradient=True),
     Parameter("lambda_other", float, 1.0, False,
               "scales the mean deltas of all other tensors: norms, biases, embeddings, the output "

@@ -1,0 +1,424 @@
+"""`mergekit-pave compress` and `reconstruct`: what is on disk, what comes back, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import make_family
+from safetensors.torch import load_file, save_file
+from test_cli import invoke
+from test_merge import tensors_of
+
+from mergekit_pave import compress as module
+from mergekit_pave.compress import compress
+from mergekit_pave.compressed import Compressed, pack, restore
+from mergekit_pave.errors import PaveError
+from mergekit_pave.merging.tsv import kept_rank
+from mergekit_pave.reconstruct import reconstruct
+
+NORM = "model.layers.0.input_layernorm.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def raw(paths: dict, experts: int = 2) -> dict:
+    """A merge as it is used for `ties`, whose parameters do not matter here."""
+    models = [{"model": str(paths[f"expert{i}"]), "parameters": {"weight": 1, "density": 0.2}}
+              for i in range(experts)]
+    return {"merge_method": "ties", "base_model": str(paths["base"]), "models": models}
+
+
+@pytest.fixture
+def config(families, tmp_path):
+    def write(content=None, **changes) -> Path:
+        content = {**raw(families("llama")), **changes} if content is None else content
+        file = tmp_path / "merge.yml"
+        file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+        return file
+
+    return write
+
+
+def truncated(tuned: torch.Tensor, base: torch.Tensor, k: int) -> torch.Tensor:
+    delta = tuned.double().numpy() - base.double().numpy()
+    u, s, v = np.linalg.svd(delta, full_matrices=False)
+    return base.double() + torch.from_numpy(u[:, :k] * s[:k] @ v[:k])
+
+
+# --- one tensor ----------------------------------------------------------------------------
+
+
+def test_each_tensor_is_kept_in_the_cheapest_way():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 30, generator=generator)
+    tuned = base + torch.randn(40, 30, generator=generator)
+    some = base.clone()
+    some[[3, 7]] = tuned[[3, 7]]
+
+    def how(new, old, k=4):
+        way, stored, _ = pack(new, old, k, torch.float32)
+        if way != "factors":
+            assert torch.equal(restore(way, stored, old, new.dtype), new)
+        return way, sum(part.numel() for part in stored.values())
+
+    assert how(base.clone(), base) == ("base", 0)
+    assert how(some, base) == ("rows", 2 * 31)
+    assert how(tuned, base) == ("factors", 4 * 71)
+    assert how(tuned, base, 17) == ("whole", 1200)  # 17 * 71 numbers would be more
+    assert how(tuned[:2], base[:2], 1) == ("factors", 33)
+    assert how(tuned[0], base[0]) == ("whole", 30)
+    assert how(tuned.reshape(4, 10, 30), base.reshape(4, 10, 30))[0] == "whole"
+    assert how(tuned, None)[0] == "whole"
+    assert how(torch.arange(3), torch.arange(3))[0] == "base"
+    assert how(torch.arange(3), torch.arange(3) + 1)[0] == "whole"
+    assert how(base.bfloat16(), base)[0] == "base"
+
+
+def test_the_shares_that_are_documented():
+    for shape, share in (((768, 768), 0.25), ((3072, 768), 0.156)):
+        k = kept_rank(shape, 8)
+        assert k * (sum(shape) + 1) / (shape[0] * shape[1]) == pytest.approx(share, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_in_every_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 30, generator=generator)
+    tuned = base + 1e-3 * torch.randn(40, 30, generator=generator)
+    way, stored, energy = pack(tuned, base, 6, dtype)
+    found = restore(way, stored, base, torch.float32)
+    want = truncated(tuned, base, 6)
+    assert stored["::u"].dtype == stored["::v"].dtype == dtype
+    assert (found - want).norm() <= 2 * torch.finfo(dtype).eps * (want - base).norm() + 1e-6
+    assert energy[0] / energy[1] == pytest.approx(
+        ((want - base).norm() / (tuned - base).double().norm()).item() ** 2, rel=1e-6)
+
+
+# --- on disk -------------------------------------------------------------------------------
+
+
+def test_what_comes_back_is_the_truncated_fine_tune(families, config, tmp_path):
+    paths = families("llama")
+    code, out, err = invoke("compress", config(), tmp_path / "c")
+    assert code == 0, err
+    base = tensors_of(paths["base"])
+    for i, line in enumerate(out.splitlines()):
+        task = tmp_path / "c" / f"expert{i}"
+        code, said, _ = invoke("reconstruct", task, tmp_path / f"m{i}", "--base", paths["base"])
+        assert code == 0 and said == f"{tmp_path / f'm{i}'}: reconstructed from {task}.\n"
+        tuned, found = tensors_of(paths[f"expert{i}"]), tensors_of(tmp_path / f"m{i}")
+        kept = Compressed(task).tensors
+        assert found.keys() == tuned.keys() == kept.keys()
+        for name, tensor in found.items():
+            small = tensor.ndim < 2 or kept[name].how == "whole"
+            rank = min(tensor.shape) // 2
+            if small:
+                assert torch.equal(tensor, tuned[name]), name
+            else:
+                assert torch.allclose(tensor.double(), truncated(tuned[name], base[name], rank),
+                                      atol=1e-6), name
+            dtype = tensor.dtype
+            way, stored, _ = pack(tuned[name], base[name], rank if tensor.ndim == 2 else 0, dtype)
+            assert torch.equal(restore(way, stored, base[name], dtype), tensor), name
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"m{i}")
+        state = model.state_dict()
+        assert all(torch.equal(state[name], found[name]) for name in found)
+        assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / f"m{i}")) == 94
+        assert line.startswith(f"expert{i}: ")
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["expert0", "expert1"]
+
+
+def test_what_is_reported_is_true(families, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 10_000)  # several files
+    paths = families("llama")
+    summary = compress(raw(paths), tmp_path / "c", rank_fraction=0.25)[0]
+    task = tmp_path / "c" / "expert0"
+    files = list(task.glob("*.safetensors"))
+    assert len(files) > 2 and summary.stored == sum(f.stat().st_size for f in files)
+    tuned, base = tensors_of(paths["expert0"]), tensors_of(paths["base"])
+    assert summary.model == sum(t.numel() * 4 for t in tuned.values())
+    kept = Compressed(task).tensors
+    assert summary.ways == {"base": 5, "rows": 0, "factors": 16, "whole": 0}
+    assert {n for n in tuned if tuned[n].ndim == 2} == {
+        n for n in kept if kept[n].how == "factors"}
+    energies, share, total = {}, 0, 0
+    for name in (n for n in kept if kept[n].how == "factors"):
+        s = np.linalg.svd((tuned[name].double() - base[name].double()).numpy(), compute_uv=False)
+        energies[name] = (s[:len(s) // 4] ** 2).sum(), (s**2).sum()
+        share += len(s) // 4 * (sum(tuned[name].shape) + 1)
+        total += tuned[name].numel()
+    worst = min(energies, key=lambda n: energies[n][0] / energies[n][1])
+    left, whole = (sum(e[i] for e in energies.values()) for i in range(2))
+    assert summary.energy == pytest.approx(left / whole, rel=1e-4)
+    assert summary.worst[0] == worst
+    assert summary.worst[1] == pytest.approx(energies[worst][0] / energies[worst][1], rel=1e-4)
+    assert summary.share == share / total
+    text = str(summary)
+    assert f"{summary.stored:,} bytes" in text and f"least: {summary.worst[1]:.1%} of " in text
+    assert "16 matrices as factors" in text and "5 as in the base" in text
+    reconstruct(task, tmp_path / "m", base=str(paths["base"]))
+
+
+def test_rank_one_is_all_of_it(families, tmp_path):
+    """Whole ranks would take more room than the matrices."""
+    paths = families("llama")
+    (summary, _) = compress(raw(paths), tmp_path / "c", rank_fraction=1.0)
+    assert summary.ways["factors"] == 0 and summary.worst is None
+    assert "as factors" not in str(summary)
+    reconstruct(tmp_path / "c" / "expert0", tmp_path / "m", base=str(paths["base"]))
+    tuned, found = tensors_of(paths["expert0"]), tensors_of(tmp_path / "m")
+    assert all(torch.equal(tuned[n], found[n]) for n in tuned)
+
+
+def test_what_equals_the_base_takes_no_room(families, tmp_path):
+    paths = dict(families("llama"))
+    base, tuned = tensors_of(paths["base"]), tensors_of(paths["expert0"])
+    some = base["model.embed_tokens.weight"].clone()
+    some[5:9] += 1
+    state = {**base, UP: tuned[UP], "model.embed_tokens.weight": some}
+    paths["expert0"] = shutil.copytree(paths["base"], tmp_path / "frozen")
+    save_file(state, paths["expert0"] / "model.safetensors", metadata={"format": "pt"})
+    summary = compress(raw(paths), tmp_path / "c")[0]
+    assert summary.ways == {"base": 19, "rows": 1, "factors": 1, "whole": 0}
+    reconstruct(tmp_path / "c" / "frozen", tmp_path / "m", base=str(paths["base"]))
+    found = tensors_of(tmp_path / "m")
+    assert all(torch.equal(found[n], state[n]) for n in state if n != UP)
+
+
+@pytest.mark.parametrize("given", [None, "float32", "float16"])
+def test_half_precision(tmp_path, given):
+    paths = make_family(tmp_path, "llama", dtype=torch.bfloat16)
+    compress(raw(paths), tmp_path / "c", dtype=given)
+    stored = load_file(tmp_path / "c" / "expert0" / "tensors-00000.safetensors")
+    assert stored[UP + "::u"].dtype == getattr(torch, given or "bfloat16")
+    assert stored[UP + "::s"].dtype == torch.float32
+    reconstruct(tmp_path / "c" / "expert0", tmp_path / "m", base=str(paths["base"]))
+    found, tuned = tensors_of(tmp_path / "m"), tensors_of(paths["expert0"])
+    assert all(t.dtype == torch.bfloat16 for t in found.values())
+    assert torch.equal(found[NORM], tuned[NORM])
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    assert config.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["sharded", "bin"])
+def test_checkpoint_kinds_change_nothing(tmp_path, kind):
+    plain = make_family(tmp_path / "a", "llama")
+    save = {"max_shard_size": "20KB"} if kind == "sharded" else {}
+    paths = make_family(tmp_path / "b", "llama", **save)
+    if kind == "bin":
+        for path in paths.values():
+            torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+            (path / "model.safetensors").unlink()
+    for i, family in enumerate((plain, paths)):
+        compress(raw(family), tmp_path / f"c{i}")
+        # The base may be stored otherwise than when it was compressed against.
+        reconstruct(tmp_path / f"c{i}" / "expert1", tmp_path / f"m{i}", base=str(plain["base"]))
+    one, other = tensors_of(tmp_path / "m0"), tensors_of(tmp_path / "m1")
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_head_and_a_config_of_its_own(families, tmp_path):
+    """The base has no classifier of this size: it is stored whole, and the config beside it."""
+    paths = dict(families("roberta"))
+    tuned = tensors_of(paths["expert0"])
+    path = shutil.copytree(paths["expert0"], tmp_path / "odd")
+    tuned["extra.weight"] = torch.randn(40, 30)
+    save_file(tuned, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "_name_or_path": str(path)}
+    (path / "config.json").write_text(json.dumps(config))
+    compress(raw({**paths, "expert0": path}), tmp_path / "c")
+    assert sorted(f.name for f in (tmp_path / "c" / "odd" / "model").iterdir()) == ["config.json"]
+    assert not (tmp_path / "c" / "expert1" / "model").exists()
+    reconstruct(tmp_path / "c" / "odd", tmp_path / "m", base=str(paths["base"]))
+    assert torch.equal(tensors_of(tmp_path / "m")["extra.weight"], tuned["extra.weight"])
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "m").id2label[1] == "b"
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["_name_or_path"] == "odd"
+
+
+def test_names_are_public(families, tmp_path):
+    compress(raw(families("llama")), tmp_path / "c", lora=True)
+    for file in (tmp_path / "c").rglob("*.json"):
+        assert str(tmp_path.parent) not in file.read_text(), file
+    manifest = json.loads((tmp_path / "c" / "expert0" / "manifest.json").read_text())
+    assert manifest["base"] == {"id": "base", "hub": None} and manifest["model"] == "expert0"
+    assert manifest["tasks"] == 2 and manifest["rank_fraction"] is None
+
+
+def test_models_of_the_same_name_are_told_apart(families, tmp_path):
+    paths = families("llama")
+    models = [shutil.copytree(paths["expert0"], tmp_path / part / "same") for part in "ab"]
+    made = {"base": paths["base"], "expert0": models[0], "expert1": models[1]}
+    assert [s.task for s in compress(raw(made), tmp_path / "c")] == ["same", "same-2"]
+
+
+def test_an_interrupted_run_goes_on(families, config, tmp_path, monkeypatch):
+    paths, calls = families("llama"), []
+    work = module._compress_task
+
+    def stop(tuned, *arguments):
+        calls.append(tuned.label)
+        work(tuned, *arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_compress_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(raw(paths), tmp_path / "c")
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["expert0"]
+    with pytest.raises(PaveError, match="expert0 is not from an interrupted run with these"):
+        compress(raw(paths), tmp_path / "c", rank_fraction=0.1)
+    summaries = compress(raw(paths), tmp_path / "c")
+    assert calls == ["expert0", "expert1", "expert1"]
+    assert [s.task for s in summaries] == ["expert0", "expert1"]
+    code, out, err = invoke("compress", config(), tmp_path / "c")
+    assert code == 1 and not out and "already holds expert0; choose another folder" in err
+
+
+# --- adapters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "cls"), [
+    ("llama", "AutoModelForCausalLM"), ("roberta", "AutoModelForSequenceClassification"),
+])
+def test_the_adapter_gives_the_same_linear_weights(families, tmp_path, kind, cls):
+    paths = families(kind)
+    made = raw(paths)
+    summary = compress(made, tmp_path / "c", lora=True)[0]
+    task = tmp_path / "c" / "expert0"
+    reconstruct(task, tmp_path / "m", base=str(paths["base"]))
+    full = getattr(transformers, cls).from_pretrained(tmp_path / "m").state_dict()
+    model = getattr(transformers, cls).from_pretrained(paths["base"])
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    adapted = peft.PeftModel.from_pretrained(model, task / "lora").merge_and_unload().state_dict()
+    ranks = json.loads((task / "lora" / "adapter_config.json").read_text())["rank_pattern"]
+    # Square matrices are smaller whole when two tasks share them.
+    assert set(ranks) == ({n for n in ranks if "self_attn" in n} or {"classifier.out_proj"})
+    kept = Compressed(task).tensors
+    inside = {n for n in kept if n in linear and kept[n].how == "factors"}
+    assert summary.adapter == len(inside) >= (11 if kind == "llama" else 5)
+    for name, tensor in adapted.items():
+        want = full[name] if name in inside else before[name]
+        assert torch.allclose(tensor, want, atol=1e-5), name
+    changed = {n for n in kept if kept[n].how != "base"}
+    assert summary.left_out == len(changed - inside) > 0
+    assert f"LoRA adapter has {len(inside)} linear weights; {summary.left_out} changed" in str(
+        summary)
+
+
+def test_a_model_without_linear_layers_has_no_adapter(families, tmp_path):
+    with pytest.raises(PaveError, match="no changed nn.Linear weight .* leave --lora out"):
+        compress(raw(families("gpt2")), tmp_path / "c", lora=True, rank_fraction=0.25)
+    assert not list((tmp_path / "c").iterdir())
+
+
+# --- refusals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"base_model": None}, "base_model is missing: compress needs `base_model: NAME`"),
+    ({"models": None, "slices": []}, "models is missing"),
+    ({"models": [{"model": "base"}], "base_model": "base"}, "no fine-tuned model beside the base"),
+    ({"models": [{"model": "a"}, {"model": "a"}]}, "a is listed twice"),
+    ({"models": [{"model": "./nowhere"}]}, "There is no model folder ./nowhere"),
+    ({"base_model": "./nowhere"}, "There is no model folder ./nowhere"),
+    ({"models": "x"}, "mergekit cannot read the configuration: models"),
+])
+def test_configurations_that_are_refused(config, tmp_path, changes, words):
+    code, out, err = invoke("compress", config(**changes), tmp_path / "c")
+    assert code == 1 and words in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_method_may_be_missing(families, config, tmp_path):
+    content = raw(families("llama"))
+    del content["merge_method"]
+    assert invoke("compress", config(content), tmp_path / "c")[0] == 0
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5", "-1", "x", "nan"])
+def test_fractions_that_are_refused(families, config, tmp_path, fraction):
+    code, _, err = invoke("compress", config(), tmp_path / "c", f"--rank-fraction={fraction}")
+    assert code and "fraction" in err and "Traceback" not in err
+    with pytest.raises(PaveError, match="rank_fraction must be"):
+        compress(raw(families("llama")), tmp_path / "c", rank_fraction=fraction)
+    assert not (tmp_path / "c").exists()
+
+
+def test_folders_that_are_refused(families, config, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").touch()
+    (tmp_path / "file").touch()
+    for name, words in (("used", "already holds mine.txt"), ("file", "is a file")):
+        code, _, err = invoke("compress", config(), tmp_path / name)
+        assert code == 1 and words in err
+    compress(raw(families("llama")), tmp_path / "c")
+    task, base = tmp_path / "c" / "expert0", str(families("llama")["base"])
+    for name in ("used", "file"):
+        with pytest.raises(PaveError, match=f"{name} exists already"):
+            reconstruct(task, tmp_path / name, base=base)
+    with pytest.raises(PaveError, match="no manifest.json.*: name a task's folder"):
+        reconstruct(tmp_path / "c", tmp_path / "m", base=base)
+
+
+def test_models_that_do_not_fit(families, tmp_path):
+    paths = families("llama")
+    with pytest.raises(PaveError, match="shares no tensor with the base"):
+        compress(raw({**paths, "base": families("roberta")["base"]}), tmp_path / "c")
+    wide = shutil.copytree(paths["base"], tmp_path / "wide")
+    state = tensors_of(wide)
+    state[NORM] = torch.ones(33)
+    save_file(state, wide / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PaveError, match=r"is \(32,\) and \(33,\) in the base wide"):
+        compress(raw({**paths, "base": wide}), tmp_path / "c")
+    state[NORM] = torch.ones(32)
+    state[UP][0, 0] = torch.inf
+    save_file(state, wide / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PaveError, match="up_proj.weight of expert0 or of its base holds NaN"):
+        compress(raw({**paths, "base": wide}), tmp_path / "c")
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_reconstruction_needs_the_very_base(families, tmp_path):
+    paths = families("llama")
+    compress(raw(paths), tmp_path / "c")
+    task = tmp_path / "c" / "expert0"
+    with pytest.raises(PaveError, match="local base base: name its folder with --base"):
+        reconstruct(task, tmp_path / "m")
+    with pytest.raises(PaveError, match="expert1 is not the base that .* \\(first difference: "):
+        reconstruct(task, tmp_path / "m", base=str(paths["expert1"]))
+    with pytest.raises(PaveError, match="There is no model folder /nowhere"):
+        reconstruct(task, tmp_path / "m", base="/nowhere")
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "kind", "format"])
+def test_damage_is_named(families, tmp_path, damage):
+    paths = families("llama")
+    compress(raw(paths), tmp_path / "c")
+    task = tmp_path / "c" / "expert0"
+    file, manifest = task / "tensors-00000.safetensors", task / "manifest.json"
+    words = "is damaged .*; compress again"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text('{"kind": "mergekit-pave compressed model", "format": 1}')
+    elif damage == "kind":
+        manifest.write_text("[]")
+        words = "something else than a compressed model"
+    else:
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+        words = "another version of mergekit-pave"
+    with pytest.raises(PaveError, match=words):
+        reconstruct(task, tmp_path / "m", base=str(paths["base"]))
+    assert not (tmp_path / "m").exists()
