@@ -70,14 +70,16 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 _POSITIVE_INT = (lambda value: value >= 1), "at least 1"
 _NOT_EMPTY = (lambda value: bool(value.strip())), "a non-empty string"
 
-# A value of `calibration_dataset` that is no dataset.
+# Values of `calibration_dataset` that are no dataset.
 DATA_FREE = "none"
+GENERATED = "self"
 
 CALIBRATION = (
     Parameter("calibration_dataset", str, None, True,
               "the model's own task data: Hub id, local .jsonl/.json/.csv/.parquet/.txt file, "
-              "or a folder (data files, or written by `save_to_disk`); `none` estimates the "
-              "covariances from the task vectors", accepts=_NOT_EMPTY),
+              "or a folder (data files, or written by `save_to_disk`); `self` has a causal language "
+              "model generate its own; `none` estimates the covariances from the task vectors",
+              accepts=_NOT_EMPTY),
     Parameter("calibration_config", str, None, True,
               "configuration (subset) of the dataset", accepts=_NOT_EMPTY),
     Parameter("calibration_split", str, "train", True,

@@ -21,6 +21,10 @@ def closed_form(weights, covariances, off_diagonal, shares=None):
     return top @ torch.linalg.inv(sum(scaled))
 
 
+def readers(covariances):
+    return [lambda c=c: c for c in covariances]
+
+
 def moment(width: int, rows: int = 200, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator) * torch.logspace(0, -1, width)
@@ -33,7 +37,7 @@ def test_it_solves_the_normal_equations(off_diagonal):
     base, *weights = torch.randn(4, 10, 16)
     covariances = [moment(16, seed=i) for i in range(3)]
     shares = [1.0, 2.0, 0.5]
-    got = base + regmean([w - base for w in weights], covariances, shares, off_diagonal)
+    got = base + regmean([w - base for w in weights], readers(covariances), shares, off_diagonal)
     expected = closed_form(weights, covariances, off_diagonal, shares)
     assert (got - expected).norm() < 1e-5 * (expected - base).norm()
 
@@ -46,7 +50,7 @@ def test_nothing_beats_it_on_its_own_objective():
         gaps = [delta - d for d in deltas]
         return sum((g @ c.double() * g).sum() for g, c in zip(gaps, covariances, strict=True))
 
-    best = regmean(deltas, covariances, [1.0, 1.0], 1.0)
+    best = regmean(deltas, readers(covariances), [1.0, 1.0], 1.0)
     assert all(loss(best) < loss(best + 0.01 * torch.randn(6, 12)) for _ in range(20))
     assert loss(best) < loss(sum(deltas) / 2)
 
@@ -54,17 +58,34 @@ def test_nothing_beats_it_on_its_own_objective():
 def test_equal_covariances_give_the_mean_and_one_model_itself():
     torch.manual_seed(2)
     deltas = list(torch.randn(3, 5, 8).double())
-    mean = regmean(deltas, [moment(8)] * 3, [1.0] * 3, 0.9)
+    mean = regmean(deltas, readers([moment(8)] * 3), [1.0] * 3, 0.9)
     assert torch.allclose(mean, sum(deltas) / 3, atol=1e-6)
-    assert torch.allclose(regmean(deltas[:1], [moment(8)], [1.0], 0.9), deltas[0], atol=1e-6)
+    alone = regmean(deltas[:1], readers([moment(8)]), [1.0], 0.9)
+    assert torch.allclose(alone, deltas[0], atol=1e-6)
 
 
 def test_a_dead_feature_divides_nothing_by_zero():
     dead = moment(8)
     dead[3], dead[:, 3] = 0, 0
-    assert regmean(torch.randn(2, 4, 8), [dead, dead], [1.0, 1.0], 0.9).isfinite().all()
+    for mu in (1.0, 0.5):
+        merged = regmean(torch.randn(2, 4, 8), readers([dead, dead]), [1.0, 1.0], 0.9, mu)
+        assert merged.isfinite().all()
     with pytest.raises(ValueError, match="empty"):
-        regmean(torch.randn(1, 4, 8), [torch.zeros(8, 8)], [1.0], 0.9)
+        regmean(torch.randn(1, 4, 8), readers([torch.zeros(8, 8)]), [1.0], 0.9)
+
+
+def test_averaging_goes_from_the_sum_to_regmean():
+    torch.manual_seed(3)
+    deltas, moments = list(torch.randn(3, 5, 8).double()), [moment(8, seed=i) for i in range(3)]
+    shares = [1.0, 2.0, 0.5]
+    results = {mu: regmean(deltas, readers(moments), shares, 1.0, mu)
+               for mu in (0.0, 0.3, 1 - 1e-9, 1.0)}
+    assert torch.allclose(results[0.0], sum(deltas), atol=1e-5)
+    assert torch.allclose(results[1 - 1e-9], results[1.0], atol=1e-6)
+    scaled = [share * c.double() for share, c in zip(shares, moments, strict=True)]
+    expected = sum(d @ c @ torch.linalg.inv(c + 0.3 * (sum(scaled) - c))
+                   for d, c in zip(deltas, scaled, strict=True))
+    assert torch.allclose(results[0.3], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_calibration import reference, spec_of
 from test_merge import config_of, merge, tensors_of
-from test_regmean import moment
+from test_regmean import moment, readers
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.regmean import regmean
@@ -51,7 +51,7 @@ def test_full_strength_sums_to_regmean():
     deltas, moments = list(torch.randn(3, 5, 9).double()), [moment(9, seed=i) for i in range(3)]
     total = damped(sum(moments), regularization=1e-9)
     merged = sum(separate(d, c, total) for d, c in zip(deltas, moments, strict=True))
-    expected = regmean(deltas, moments, [1.0] * 3, 1.0)
+    expected = regmean(deltas, readers(moments), [1.0] * 3, 1.0)
     assert (merged - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -79,13 +79,17 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None
             handle.remove()
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a batch has to be; accelerate moves that of an offloaded model."""
+    return model.device if model.device.type != "meta" else torch.device("cpu")
+
+
 def forward(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> None:
     """One pass whose outputs nobody wants; ends early when a hook says so.
 
-    Inputs go to `device`, by default the model's; accelerate moves those of an offloaded one.
+    Inputs go to `device`, by default the model's.
     """
-    if device is None:
-        device = model.device if model.device.type != "meta" else torch.device("cpu")
+    device = device or input_device(model)
     inputs = {
         key: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for key, value in batch.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from mergekit_pave.calibration.rows import TOKENS, CalibrationSpec, Rows, open_r
 from mergekit_pave.calibration.sources import local_path
 from mergekit_pave.errors import PaveError
 
-__all__ = ["CalibrationSpec", "Rows", "Samples", "batches", "load_samples", "open_rows"]
+__all__ = [
+    "CalibrationSpec", "Rows", "Samples", "batches", "load_samples", "make_samples", "open_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,13 @@ def load_samples(
     items, indices, skipped = _encode(rows, encoder)
     _report(spec, len(items), skipped)
     _show(items[0], encoder)
+    return make_samples(items, spec, _notes(rows, encoder, indices, skipped))
+
+
+def make_samples(
+    items: Sequence[dict[str, Tensor]], spec: CalibrationSpec, notes: dict[str, Any]
+) -> Samples:
+    """Address the encoded data of `spec` by its content, and count it."""
     digests = [_digest(item) for item in items]
     duplicates = len(items) - len(set(digests))
     if duplicates > 0.2 * len(items):
@@ -78,7 +87,7 @@ def load_samples(
             duplicates, len(items), spec.dataset)
     tokens = sum(
         1 if "pixel_values" in item else _tokens(item) for item in items)
-    notes = _notes(rows, encoder, indices, skipped, duplicates)
+    notes = {**notes, "used": len(items), "duplicates": duplicates}
     return Samples(tuple(items), _hash("".join(digests).encode()), tokens, notes)
 
 
@@ -202,7 +211,6 @@ def _notes(
     encoder: TextEncoder | ImageEncoder,
     indices: list[int | None],
     skipped: Counter[str],
-    duplicates: int,
 ) -> dict[str, Any]:
     spec = rows.spec
     path = local_path(spec.dataset)
@@ -215,9 +223,7 @@ def _notes(
         "seed": spec.seed,
         "streamed": rows.streamed,
         "requested": spec.num_samples,
-        "used": len(indices),
         "skipped": dict(sorted(skipped.items())),
-        "duplicates": duplicates,
         "rows": None if rows.streamed else _hash(",".join(map(str, indices)).encode()),
     }
     if isinstance(encoder, TextEncoder):

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING,
 )
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.parameters import DATA_FREE, GENERATED
 
 _POSITION_KEYS = (
     "max_position_embeddings",
@@ -48,12 +50,26 @@ def text_configs(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrained
 def is_text_encoder(config: PreTrainedConfig) -> bool:
     """True for BERT and its kin, which take sentence pairs; causal models take one text."""
     text = config.get_text_config()
-    causal = any("CausalLM" in name or "LMHead" in name for name in config.architectures or ())
     return (
         text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and not causal
+        and not any(map(_is_named_causal, config.architectures or ()))
         and not config.is_encoder_decoder
         and not getattr(text, "is_decoder", False))
+
+
+def _is_named_causal(architecture: str) -> bool:
+    return "CausalLM" in architecture or "LMHead" in architecture
+
+
+def refuse_unless_causal(config: PreTrainedConfig, model: str) -> None:
+    """Raise `PaveError` for a model that cannot write text for `calibration_dataset: self`."""
+    own = (config.architectures or [None])[0]
+    known = own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if own and not config.is_encoder_decoder and (known or _is_named_causal(own)):
+        return
+    raise PaveError(
+        f"calibration_dataset: {GENERATED} needs a causal language model; {model} is a "
+        f"{own or 'model without a named class'}: name a dataset or use {DATA_FREE}.")
 
 
 def length_limit(config: PreTrainedConfig, tokenizer: Any, wanted: int) -> int:

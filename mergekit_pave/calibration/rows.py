@@ -16,7 +16,7 @@ from typing import Any
 
 from mergekit_pave.calibration.sources import explained, local_path, open_source
 from mergekit_pave.errors import PaveError
-from mergekit_pave.parameters import DATA_FREE, PARAMETERS
+from mergekit_pave.parameters import DATA_FREE, GENERATED, PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class CalibrationSpec:
     max_seq_length: int = _default("max_seq_length")
     batch_size: int = _default("batch_size")
     seed: int = _default("seed")
+
+    @property
+    def generated(self) -> bool:
+        """Whether the model writes the data itself; there are no rows to open then."""
+        return self.dataset == GENERATED
 
     @classmethod
     def from_parameters(cls, values: Mapping[str, Any]) -> CalibrationSpec:
@@ -122,6 +127,10 @@ def permutation(n: int, seed: int) -> Iterator[int]:
 
 def open_rows(spec: CalibrationSpec) -> Rows:
     """Open the dataset and settle its columns, or raise `PaveError`. Needs no model."""
+    if spec.generated:
+        raise PaveError(
+            f"calibration_dataset: {GENERATED} is text that a model generates, and here rows of "
+            f"a dataset are needed; name one (a folder called {GENERATED} as ./{GENERATED}).")
     if re.search(r"(?:^|[^a-z])test(?:$|[^a-z])", spec.split.lower()):
         logger.warning(
             "calibration_split %r of %s looks like a test split: results measured on it will "

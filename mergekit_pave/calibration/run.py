@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -23,6 +22,8 @@ from mergekit_pave.calibration.collect import (
 )
 from mergekit_pave.calibration.data import CalibrationSpec, Samples, batches, load_samples
 from mergekit_pave.calibration.finish import culprit, finish
+from mergekit_pave.calibration.folders import locked, make_folder
+from mergekit_pave.calibration.generated import generated_samples
 from mergekit_pave.calibration.model import LinearLayers, ModelSource, linear_layers, load_model
 from mergekit_pave.calibration.resources import Resources, cache_folder, parse_bytes
 from mergekit_pave.calibration.workers import ALONE, Workers
@@ -44,13 +45,13 @@ def cached_store(
     Its address is the content of both: the checkpoint's values and the calibration tensors.
     Processes that want the same store wait for one another; an interrupted one is resumed.
     """
-    samples = _samples(source, spec)
+    samples = _samples(source, spec, resources)
     model_digest = digest(source.tensors())
     key = hashlib.sha256(f"{FORMAT}|{model_digest}|{samples.digest}".encode()).hexdigest()[:32]
     folder = cache_folder() / key
     if not (folder / MANIFEST).exists():
-        _make(folder.parent)
-        with _lock(folder.parent / f"{key}.lock"):
+        make_folder(folder.parent)
+        with locked(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
                 return calibrate(source, samples, folder, resources, spec.batch_size, model_digest)
     return CovarianceStore(folder)
@@ -76,9 +77,9 @@ def calibrate_to(
 
         def prepare() -> Samples:
             _refuse_finished(folder)
-            samples = _samples(source, spec)
-            _make(folder)
-            held.enter_context(_lock(folder / ".lock", wait=False))
+            samples = _samples(source, spec, workers.limit(resources))
+            make_folder(folder)
+            held.enter_context(locked(folder / ".lock", wait=False))
             _refuse_finished(folder)
             return samples
 
@@ -99,7 +100,9 @@ def _refuse_finished(folder: Path) -> None:
         raise PaveError(f"{folder} already holds a covariance store; choose another folder.")
 
 
-def _samples(source: ModelSource, spec: CalibrationSpec) -> Samples:
+def _samples(source: ModelSource, spec: CalibrationSpec, resources: Resources) -> Samples:
+    if spec.generated:
+        return generated_samples(source, spec, resources)
     return load_samples(
         spec,
         source.tokenizer,
@@ -107,32 +110,6 @@ def _samples(source: ModelSource, spec: CalibrationSpec) -> Samples:
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
         cache_dir=source.cache_dir,
-    )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _lock(path: Path, wait: bool = True):
-    try:
-        return FileLock(path).acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise PaveError(
-            f"Another process is writing a covariance store to {path.parent}; wait for it or "
-            "choose another folder."
-        ) from None
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> PaveError:
-    return PaveError(
-        f"Cannot write to the folder {folder} ({error.strerror}); name another one with "
-        "--output or, for the cache of merges, with MERGEKIT_PAVE_CACHE."
     )
 
 
@@ -215,7 +192,7 @@ def _plan(
 
 def _begin(folder: Path, identity: dict[str, Any]) -> StoreWriter:
     """Mark `folder` as this calibration's, or refuse one that another has begun."""
-    _make(folder)
+    make_folder(folder)
     path = folder / "calibration.json"
     if path.exists() and path.read_text("utf-8") not in ("", json.dumps(identity)):
         raise PaveError(

@@ -7,11 +7,18 @@ on that fine-tune's own inputs, `min_W sum_t |(W - W_t) X_t|^2`, is
     W = (sum_t W_t C_t) (sum_t C_t)^-1 = W_0 + (sum_t D_t C_t) (sum_t C_t)^-1.
 
 The second form is used: rounding and damping then touch the task vectors, not the base.
+
+`averaging` (`mu`) makes it one of a family, with the task vectors of `mergekit_pave.separation`:
+
+    W = W_0 + lambda sum_t D_t C_t (C_t + mu sum_{s != t} C_s)^-1.
+
+1 is RegMean. It averages where tasks share inputs; smaller values add up more of the task vectors,
+and 0 adds them up whole, which is task arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +28,7 @@ from torch import Tensor
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import CovarianceMethod
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
+from mergekit_pave.separation import separate
 from mergekit_pave.spec import spec_of
 from mergekit_pave.statistics import Layer
 
@@ -31,6 +39,9 @@ PARAMETERS = (
     Parameter("weight", float, 1.0, True, "weight of this model's squared error",
               accepts=((lambda value: value >= 0), "0 or more")),
     Parameter("lambda", float, 1.0, False, "factor on the merged task vector", gradient=True),
+    Parameter("averaging", float, 1.0, False,
+              "1 averages the task vectors where models share inputs (RegMean), 0 adds them up",
+              gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
     Parameter("reduce_non_diagonal_ratio", float, 0.9, False,
               "factor on the covariances off their diagonal, as in the paper (section 3.3)",
               gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
@@ -39,32 +50,60 @@ PARAMETERS = (
 
 def regmean(
     deltas: Iterable[Tensor],
-    covariances: Iterable[Tensor],
-    weights: Iterable[float],
+    covariances: Sequence[Callable[[], Tensor]],
+    weights: Sequence[float],
     off_diagonal: float,
+    averaging: float = 1.0,
 ) -> Tensor:
     """The merged task vector (out, in) float64 of one linear layer.
 
     Args:
         deltas: (out, in) each.
-        covariances: (in, in) each, one for every delta; consumed one at a time.
+        covariances: read (in, in) each, one for every delta; two are held at a time.
         weights: of the models' errors.
         off_diagonal: factor on the covariances off their diagonal.
+        averaging: `mu`.
 
     Raises:
         ValueError: the covariances are not finite or all empty.
     """
-    right, left = None, None
-    for delta, covariance, weight in zip(deltas, covariances, weights, strict=True):
-        c = covariance.to(torch.float64) * (weight * off_diagonal)
-        c.diagonal().copy_(covariance.diagonal().to(torch.float64) * weight)
-        moved = c @ delta.to(torch.float64).mT
-        left, right = (c, moved) if left is None else (left.add_(c), right.add_(moved))
-    mean = left.diagonal().mean()
+
+    def moment(model: int) -> Tensor:
+        c = covariances[model]()
+        scaled = c.to(torch.float64) * (weights[model] * off_diagonal)
+        scaled.diagonal().copy_(c.diagonal().to(torch.float64) * weights[model])
+        return scaled
+
+    if averaging == 1:
+        total, moved = None, None
+        for model, delta in enumerate(deltas):
+            c = moment(model)
+            part = c @ delta.to(c).mT
+            total, moved = (c, part) if total is None else (total.add_(c), moved.add_(part))
+        return torch.cholesky_solve(moved, _factor(total)).mT
+    total = None
+    for model in range(len(weights)):
+        total = moment(model) if total is None else total.add_(moment(model))
+    merged = None
+    for model, delta in enumerate(deltas):
+        if weights[model] == 0:
+            continue
+        c = moment(model)
+        part = separate(delta, c, _floored(torch.lerp(c, total, averaging)))
+        merged = part if merged is None else merged.add_(part)
+    return merged
+
+
+def _floored(moment: Tensor) -> Tensor:
+    mean = moment.diagonal().mean()
     if not mean > 0 or not mean.isfinite():
         raise ValueError("the covariances are empty or not finite")
-    left.diagonal().add_(_FLOOR * mean)
-    return torch.linalg.solve(left, right, ).mT
+    moment.diagonal().add_(_FLOOR * mean)
+    return moment
+
+
+def _factor(moment: Tensor) -> Tensor:
+    return torch.linalg.cholesky(_floored(moment))
 
 
 class RegMean(CovarianceMethod):
@@ -89,11 +128,15 @@ class RegMean(CovarianceMethod):
         deltas = (entry.tensor.to(wide) - base.to(wide) for entry in models)
         if len(layers) == len(models):
             transposed = layers[models[0].id].transposed
-            covariances = (layers[e.id].covariance().to(base.device) for e in models)
+            covariances = [_reader(layers[e.id], base.device) for e in models]
             oriented = (d.mT if transposed else d for d in deltas)
             try:
                 delta = regmean(
-                    oriented, covariances, weights, parameters["reduce_non_diagonal_ratio"]
+                    oriented,
+                    covariances,
+                    weights,
+                    parameters["reduce_non_diagonal_ratio"],
+                    parameters["averaging"],
                 )
             except (ValueError, torch.linalg.LinAlgError) as error:
                 raise PaveError(
@@ -104,3 +147,7 @@ class RegMean(CovarianceMethod):
             delta = sum(d * w for d, w in zip(deltas, weights, strict=True)) / sum(weights)
         merged = base.to(wide) + (parameters["lambda"] * delta).to(wide)
         return merged.to(base.dtype)
+
+
+def _reader(layer: Layer, device: torch.device) -> Callable[[], Tensor]:
+    return lambda: layer.covariance().to(device)
