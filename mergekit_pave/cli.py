@@ -241,13 +241,14 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
 
 @main.command()
 def methods() -> None:
-    """List the purified merge methods and the methods they wrap."""
+    """List the merge methods that mergekit-pave adds: its own, and what the purified ones wrap."""
     names = register()
     from mergekit import merge_methods
 
     for name in names:
-        inner = merge_methods.get(name).inner.spec
-        click.echo(f"{name:24} {inner.pretty_name or inner.name}  {inner.reference_url or ''}")
+        method = merge_methods.get(name)
+        spec = getattr(method, "inner", method).spec
+        click.echo(f"{name:24} {spec.pretty_name or spec.name}  {spec.reference_url or ''}")
 
 
 if __name__ == "__main__":

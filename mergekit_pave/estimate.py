@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.calibration.collect import SitePlan, plan_sites
+from mergekit_pave.calibration.generated import LENGTH
 from mergekit_pave.calibration.limits import length_limit, main_input
 from mergekit_pave.calibration.model import empty_model, linear_layers
-from mergekit_pave.calibration.rows import open_rows
+from mergekit_pave.calibration.rows import CalibrationSpec, open_rows
 from mergekit_pave.check.inputs import calibration_spec, configuration, inputs
 from mergekit_pave.check.models import read_config
 from mergekit_pave.locate import LoaderOptions
@@ -75,18 +76,21 @@ def estimates(raw: Any, options: LoaderOptions) -> Iterator[str]:
         sites = sites_of(config, options.trust_remote_code)
         size = sum(site.bytes for site in sites)
         spec = calibration_spec(entry)
-        rows = min(spec.num_samples, open_rows(spec).count or spec.num_samples)
         yield (
             f"{entry.model}: {len(sites)} covariances, {_gib(size)} of sums in memory if held "
             f"at once (at least {_gib(max(site.bytes for site in sites))}), {_gib(size // 2)} on "
-            f"disk, {_tokens(config, rows, spec.max_seq_length)} per pass."
+            f"disk, {_amount(config, spec)}."
         )
 
 
-def _tokens(config: PretrainedConfig, rows: int, wanted: int) -> str:
+def _amount(config: PretrainedConfig, spec: CalibrationSpec) -> str:
+    if spec.generated:
+        drawn = spec.num_samples * min(LENGTH, length_limit(config, None, spec.max_seq_length))
+        return f"at most {drawn:,} tokens to generate before the first pass"
+    rows = min(spec.num_samples, open_rows(spec).count or spec.num_samples)
     if main_input(config) == "pixel_values":
-        return f"{rows:,} images"
-    return f"at most {rows * length_limit(config, None, wanted):,} tokens"
+        return f"{rows:,} images per pass"
+    return f"at most {rows * length_limit(config, None, spec.max_seq_length):,} tokens per pass"
 
 
 def _gib(size: int) -> str:

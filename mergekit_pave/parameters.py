@@ -77,8 +77,9 @@ GENERATED = "self"
 CALIBRATION = (
     Parameter("calibration_dataset", str, None, True,
               "the model's own task data: Hub id, local .jsonl/.json/.csv/.parquet/.txt file, "
-              "or a folder (data files, or written by `save_to_disk`); `self` has a causal language "
-              "model generate its own; `none` estimates the covariances from the task vectors",
+              "or a folder (data files, or written by `save_to_disk`); `self` has a causal "
+              "language model generate its own, up to 256 tokens a row; `none` estimates the "
+              "covariances from the task vectors",
               accepts=_NOT_EMPTY),
     Parameter("calibration_config", str, None, True,
               "configuration (subset) of the dataset", accepts=_NOT_EMPTY),

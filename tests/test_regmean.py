@@ -114,8 +114,11 @@ def test_the_stock_merge_solves_every_linear_layer(families, texts, tmp_path, ki
 
 def _config(paths, method, texts, **shared):
     config = config_of(paths, method, texts, num_calibration_samples=40, **shared)
+    calibrated = method not in ("tsv_m", "task_arithmetic")
     for model, data in zip(config["models"], texts, strict=True):
-        model["parameters"] = {"calibration_dataset": str(data)}
+        model["parameters"] = {"calibration_dataset": str(data)} if calibrated else {}
+    if not calibrated:
+        del config["parameters"]["num_calibration_samples"]
     return config
 
 
@@ -173,3 +176,31 @@ def test_in_memory_it_needs_a_store():
     base, expert = torch.randn(2, 4, 8)
     with pytest.raises(PaveError, match="cannot be calibrated"):
         merge_tensors([base, expert], method="regmean", base_index=0)
+
+
+def test_half_of_it_and_half_of_tsv_merge(families, texts, tmp_path):
+    """`tsv_regmean` is the mean of what both methods give, and each of them at its ends."""
+    paths = families("llama")
+    merged = {
+        name: merge(_config(paths, method, texts, **shared), tmp_path / name)
+        for name, method, shared in (
+            ("half", "tsv_regmean", {"averaging": 0.5}),
+            ("scaled", "tsv_regmean", {"averaging": 0.5, "lambda": 2.0}),
+            ("all", "tsv_regmean", {"balance": 1.0}),
+            ("none", "tsv_regmean", {"balance": 0.0, "averaging": 1.0}),
+            ("tsv", "tsv_m", {}),
+            ("regmean", "regmean", {}),
+            ("half regmean", "regmean", {"averaging": 0.5}),
+        )
+    }
+    base = tensors_of(paths["base"])
+    for name in base:
+        tsv_, reg, half = (merged[k][name] for k in ("tsv", "half regmean", "half"))
+        assert torch.allclose(merged["all"][name], tsv_, atol=1e-5)
+        if "proj" in name:
+            assert torch.allclose(half, (tsv_ + reg) / 2, atol=1e-5)
+            assert torch.allclose(merged["none"][name], merged["regmean"][name], atol=1e-5)
+            assert torch.allclose(merged["scaled"][name] - base[name], 2 * (half - base[name]),
+                                  atol=1e-5)
+        else:
+            assert torch.equal(half, tsv_)

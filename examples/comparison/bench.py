@@ -13,12 +13,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from methods import Place, text
+from methods import Method, Place, text
 
 Rows = list[np.ndarray]  # per task
 
@@ -57,18 +58,13 @@ class Bench:
         }
 
     def scores(
-        self,
-        name: str,
-        configuration: dict,
-        seed: int,
-        splits: tuple[str, ...],
-        task_models: bool = False,
+        self, method: Method, name: str, configuration: dict, seed: int, splits: tuple[str, ...]
     ) -> dict[str, Rows]:
         """Row scores of a merge on every split; merges only if one is not on disk."""
-        source = text(configuration)
+        source = text(method, configuration)
         found = {split: self._read(source, seed, split) for split in splits}
         if any(rows is None for rows in found.values()):
-            with self._merged(name, source, seed, task_models) as models:
+            with self._merged(method, name, source, seed) as models:
                 for split in splits:
                     found[split] = self._kept(source, seed, split, models, name)
         return found
@@ -142,9 +138,9 @@ class Bench:
 
     @contextmanager
     def _merged(
-        self, name: str, source: str, seed: int, task_models: bool
+        self, method: Method, name: str, source: str, seed: int
     ) -> Iterator[dict[str, Path]]:
-        """The merged model of every task; gone afterwards. The YAML stays."""
+        """The model of every task, often the same; gone afterwards. The YAML stays."""
         # A folder of its own for every merge: settings remember the model they opened last.
         folder = self.out / "merged" / f"{self._file(source, seed, '').stem}-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,31 +149,34 @@ class Bench:
         config.write_text(source)
         try:
             start = time.perf_counter()
-            merge(config, folder / "model", seed)
+            models = self._models(method, config, folder, seed)
             seconds = time.perf_counter() - start
             self.merges += 1
             print(f"  {name}, seed {seed}: merged in {seconds:.1f} s", flush=True)
-            if task_models:
-                yield dict(zip(self.tasks, self._materialized(folder), strict=True))
-            else:
-                yield dict.fromkeys(self.tasks, folder / "model")
+            yield models
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _materialized(self, folder: Path) -> Iterator[Path]:
-        from mergekit_pave.emr_models import materialize
+    def _models(self, method: Method, config: Path, folder: Path, seed: int) -> dict[str, Path]:
+        """Run the method's commands; task -> model."""
+        if method.task_models == "tsv_c":
+            pave("compress", config, folder / "compressed")
+            for task in self.tasks:
+                parts = (folder / "compressed" / task, folder / task)
+                pave("reconstruct", *parts, "--base", self._base)
+            return {task: folder / task for task in self.tasks}
+        merge(config, folder / "model", seed)
+        if method.task_models == "emr":
+            for task in self.tasks:
+                pave("materialize", folder / "model", task, folder / task, "--base", self._base)
+            return {task: folder / task for task in self.tasks}
+        return dict.fromkeys(self.tasks, folder / "model")
 
-        for index in range(len(self.tasks)):
-            target = folder / f"task-{index}"
-            materialize(folder / "model", index, target, base=str(self._base))
-            yield target
-
-    def keep_yaml(self, name: str, seed: int, configuration: dict) -> Path:
+    def keep_yaml(self, name: str, seed: int, source: str) -> None:
         """The YAML of a reported number, under a name that can be found."""
         file = self.out / "yaml" / f"{slug(name)}-{seed}.yml"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(text(configuration))
-        return file
+        file.write_text(source)
 
 
 def slug(name: str) -> str:
@@ -190,3 +189,11 @@ def merge(config: Path, folder: Path, seed: int) -> None:
 
     options = ["--quiet", "--random-seed", str(seed)]
     main([str(config), str(folder), *options], standalone_mode=False)
+
+
+def pave(*arguments: str | Path) -> None:
+    """What `mergekit-pave ARGUMENTS` does, in this process."""
+    from mergekit_pave.cli import main
+
+    with redirect_stdout(StringIO()):
+        main(list(map(str, arguments)), standalone_mode=False)

@@ -152,12 +152,12 @@ def _opened(folder: Path) -> nn.Module:
 def _encoded(out: Path, task: str, split: str, quick: bool) -> list[tuple[list[int], int]]:
     """Token ids of every row, cut to the task's length, and how many of them are the prompt's."""
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    (length,) = (t.max_length for t in TASKS if t.name == task)
+    (length,) = (QUICK_LENGTH if quick else t.max_length for t in TASKS if t.name == task)
     result = []
     for _, prompt, answer in rows(task, quick)[split]:
         asked = tokenizer(prompt)["input_ids"][: length // 2]
         said = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
-        result.append(((asked + said)[: QUICK_LENGTH if quick else length], len(asked)))
+        result.append(((asked + said)[:length], len(asked)))
     return result
 
 

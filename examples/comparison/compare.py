@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from bench import Bench, Rows
 from intervals import Bootstrap, bootstrap
-from methods import Ablation, Method, configuration
+from methods import Ablation, Method, configuration, text
 from search import Tuned, tune
 
 
@@ -79,9 +79,9 @@ def compare(
         tested = Tested(method, tuned, [])
         for seed in seeds:
             config = configuration(method, bench.place(seed), tuned.strength, tuned.ratio)
-            bench.keep_yaml(method.name, seed, config)
+            bench.keep_yaml(method.name, seed, text(method, config))
             splits = ("test", "exact") if exact else ("test",)
-            found = bench.scores(method.name, config, seed, splits, method.task_models)
+            found = bench.scores(method, method.name, config, seed, splits)
             tested.rows.append(found["test"])
             if exact:
                 result.exact.setdefault(method.name, []).append(_mean(found["exact"]))
@@ -98,7 +98,7 @@ def _tuned(bench: Bench, method: Method, seed: int) -> Tuned:
 
     def objective(strength: float | None, ratio: float | None) -> float:
         config = configuration(method, bench.place(seed), strength, ratio)
-        rows = bench.scores(method.name, config, seed, ("validation",), method.task_models)
+        rows = bench.scores(method, method.name, config, seed, ("validation",))
         return mean_strength(bench, rows["validation"], references)
 
     return tune(method, objective, bench.quick)
@@ -114,8 +114,8 @@ def mean_strength(bench: Bench, rows: Rows, references: Mapping[str, Rows]) -> f
 def _ablated(bench: Bench, parent: Tested, ablation: Ablation, seed: int) -> Rows:
     method, tuned = parent.method, parent.tuned
     config = configuration(method, bench.place(seed), tuned.strength, tuned.ratio, ablation)
-    bench.keep_yaml(ablation.name, seed, config)
-    return bench.scores(ablation.name, config, seed, ("test",), method.task_models)["test"]
+    bench.keep_yaml(ablation.name, seed, text(method, config))
+    return bench.scores(method, ablation.name, config, seed, ("test",))["test"]
 
 
 def _exact_references(bench: Bench, seeds: tuple[int, ...], result: Comparison) -> None:

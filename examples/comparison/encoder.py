@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 KIND = "encoder"
 METRIC = "accuracy"
 NAMES = tuple(task.name for task in TASKS)
-SIZES = {"train": 4000, "validation": 400, "test": 1000}
+SIZES = {"train": 4000, "validation": 250, "test": 1000}
 QUICK = {"train": 600, "validation": 100, "test": 200}
 EPOCHS, LEARNING_RATE = 2, 2e-4
 CALIBRATION_ROWS = 1024
@@ -105,7 +105,8 @@ def score(out: Path, model: Path, task: str, seed: int, split: str, quick: bool)
     head.load_state_dict({name: tensors[f"{of}.{name}"] for name in ("weight", "bias")})
     texts, labels = held_out(task, split, quick)
     classifier = Classifier(*_load(model), head)
-    with torch.no_grad():
+    # bfloat16 products: 1.6 times as fast on CPUs that have them, and the same for all models.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         guesses = head(classifier.all_features(texts)).argmax(dim=1)
     return (guesses == torch.tensor(labels)).float().tolist()
 

@@ -19,6 +19,13 @@ MEAN = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of methods that average them
 SOLVED = (0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of closed forms, where 1 is the solution
 WEIGHT_RATIOS = (0.98, 0.95, 0.99, 0.998)  # of `purify: weight`; the first is the default
 DELTA_RATIOS = (0.25, 0.1, 0.5, 0.8)  # of `purify: delta`
+SEPARATIONS = (None, 0.1, 0.5, 1.0)  # `separation` of `purify: separate`
+
+# What turns a merge's folder, or a YAML file, into one model for every task.
+TASK_MODELS = {
+    "emr": "mergekit-yaml, then `mergekit-pave materialize OUT TASK DIR` for every task",
+    "tsv_c": "mergekit-pave compress, then `mergekit-pave reconstruct OUT/TASK DIR` for every task",
+}
 
 
 @dataclass(frozen=True)
@@ -28,24 +35,27 @@ class Method:
     Attributes:
         name: in tables and files.
         merge_method: mergekit's.
-        group: `plain`, `paper` (as the PAVE paper purifies), `delta`, or `per task`.
+        group: `plain`, or what the purified one purifies (`weight` is the PAVE paper's), or
+            `per task`.
         strengths: values of `lambda` that are tried, in order; none for a method without one.
-        ratios: values of `rank_ratio` that are tried, the default first.
+        ratios: values of `ratio_key` that are tried, the default first.
+        ratio_key: the second parameter that is tuned.
         parameters: of the merge.
         model_parameters: of every model.
         twin: the plain method that this one purifies.
-        task_models: makes one model for every task (`emr`).
+        task_models: for a method that makes one model for every task, which of `TASK_MODELS`.
     """
 
     name: str
     merge_method: str
     group: str
     strengths: tuple[float, ...] = ()
-    ratios: tuple[float, ...] = ()
+    ratios: tuple[float | None, ...] = ()
+    ratio_key: str = "rank_ratio"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     model_parameters: Mapping[str, Any] = field(default_factory=dict)
     twin: str | None = None
-    task_models: bool = False
+    task_models: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,35 +97,44 @@ _PLAIN = (
 )
 
 
-def _purified(name: str, strengths: tuple[float, ...], of_models: Mapping, delta: bool) -> Method:
+def _purified(
+    name: str,
+    purify: str,
+    strengths: tuple[float, ...] = (),
+    model_parameters: Mapping[str, Any] | None = None,
+    task_models: str | None = None,
+) -> Method:
     return Method(
-        f"pave_{name}" + (" (delta)" if delta else ""),
+        f"pave_{name} ({purify})",
         f"pave_{name}",
-        "delta" if delta else "paper",
+        purify,
         strengths,
-        DELTA_RATIOS if delta else WEIGHT_RATIOS,
-        # Said only where it is not the default, so that both run before and after it exists.
-        {"purify": "delta"} if delta else {},
-        of_models,
+        {"weight": WEIGHT_RATIOS, "delta": DELTA_RATIOS, "separate": SEPARATIONS}[purify],
+        "separation" if purify == "separate" else "rank_ratio",
+        {"purify": purify},
+        model_parameters or {},
         twin=name,
+        task_models=task_models,
     )
 
 
 METHODS: tuple[Method, ...] = (
     Method("average", "linear", "plain", model_parameters={"weight": 1.0}),
     *(Method(name, name, "plain", grid, model_parameters=own) for name, grid, own in _PLAIN),
-    *(_purified(*entry, delta=False) for entry in _PLAIN),
-    *(_purified(*entry, delta=True) for entry in _PLAIN),
-    Method("emr", "emr", "per task", task_models=True),
-    Method("pave_emr", "pave_emr", "per task", (), WEIGHT_RATIOS, twin="emr", task_models=True),
-    Method("pave_emr (delta)", "pave_emr", "per task", (), DELTA_RATIOS, {"purify": "delta"},
-           twin="emr", task_models=True),
+    *(
+        _purified(name, purify, grid, own)
+        for purify in ("weight", "delta", "separate")
+        for name, grid, own in _PLAIN
+    ),
+    Method("emr", "emr", "per task", task_models="emr"),
+    *(_purified("emr", purify, task_models="emr") for purify in ("weight", "delta", "separate")),
+    # Reads base and models alone from its YAML.
+    Method("tsv_c", "tsv_m", "per task", model_parameters={"weight": 1.0}, task_models="tsv_c"),
 )
-QUICK = ("average", "task_arithmetic", "ties", "pave_ties", "pave_ties (delta)", "emr")
+QUICK = ("average", "ties", "pave_ties (weight)", "pave_ties (delta)", "emr", "tsv_c")
 
-_ABLATED = ("pave_task_arithmetic", "pave_task_arithmetic (delta)")
-_CURVE = {
-    "paper": (0.8, 0.9, 0.95, 0.98, 0.99, 0.998),
+_CURVE = {  # of `rank_ratio`
+    "weight": (0.8, 0.9, 0.95, 0.98, 0.99, 0.998),
     "delta": (0.05, 0.1, 0.25, 0.5, 0.75, 0.9),
 }
 
@@ -124,18 +143,18 @@ def ablations(samples: tuple[int, ...], quick: bool) -> tuple[Ablation, ...]:
     """All of them; `samples` are the sizes of the sample-size curve."""
     if quick:
         return (
-            Ablation("pave_ties", "subspace random, ratio", 0.9,
+            Ablation("pave_ties (weight)", "subspace random, ratio", 0.9,
                      {"rank_ratio": 0.9, "subspace": "random"}),
-            Ablation("pave_ties", "samples", samples[0], samples=samples[0]),
+            Ablation("pave_ties (weight)", "samples", samples[0], samples=samples[0]),
         )
     result = []
-    for parent in _ABLATED:
-        (group,) = (method.group for method in METHODS if method.name == parent)
+    for purify, ratios in _CURVE.items():
+        parent = f"pave_task_arithmetic ({purify})"
         for space in ("covariance", "svd", "random"):
             result += [
                 Ablation(parent, f"subspace {space}, ratio", ratio,
                          {"rank_ratio": ratio, "subspace": space})
-                for ratio in _CURVE[group]
+                for ratio in ratios
             ]
         result += [Ablation(parent, "samples", count, samples=count) for count in samples]
         result += [
@@ -178,10 +197,10 @@ def configuration(
     if strength is not None:
         shared["lambda"] = strength
     if ratio is not None:
-        shared["rank_ratio"] = ratio
+        shared[method.ratio_key] = ratio
     if ablation:
         shared |= ablation.parameters
-    data = needs_data(method)
+    data = "calibration_dataset" in _declared(method.merge_method)
     if data:
         shared |= {
             "num_calibration_samples": (ablation and ablation.samples) or place.samples,
@@ -212,8 +231,10 @@ def _calibration(place: Place, index: int, ablation: Ablation | None) -> str:
     return str(place.out / "calibration" / f"{task}.jsonl")
 
 
-def text(configuration: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(configuration, sort_keys=False)
+def text(method: Method, configuration: Mapping[str, Any]) -> str:
+    """The YAML file, headed by the command that reads it."""
+    command = TASK_MODELS.get(method.task_models, "mergekit-yaml")
+    return f"# {command}\n" + yaml.safe_dump(configuration, sort_keys=False)
 
 
 def _declared(merge_method: str) -> dict[str, Any]:
@@ -224,19 +245,16 @@ def _declared(merge_method: str) -> dict[str, Any]:
     return {parameter.name: parameter for parameter in specs[merge_method].parameters}
 
 
-def needs_data(method: Method) -> bool:
-    return "calibration_dataset" in _declared(method.merge_method)
-
-
 def unavailable(method: Method) -> str | None:
     """Why the installed mergekit cannot run the method, or None where it can."""
     try:
         declared = _declared(method.merge_method)
     except KeyError:
         return f"no merge method {method.merge_method}"
-    wanted = dict(method.parameters) | dict(method.model_parameters)
-    wanted |= {"lambda": 1.0} if method.strengths else {}
-    for name, value in wanted.items():
+    wanted = [*method.parameters.items(), *method.model_parameters.items()]
+    wanted += [("lambda", strength) for strength in method.strengths]
+    wanted += [(method.ratio_key, ratio) for ratio in method.ratios if ratio is not None]
+    for name, value in wanted:
         if name not in declared:
             return f"{method.merge_method} has no parameter {name}"
         try:

@@ -10,9 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"plain": "#4c6ef5", "paper": "#e8590c", "delta": "#2b8a3e", "per task": "#868e96"}
-LABELS = {"plain": "plain", "paper": "PAVE, whole weight (paper)", "delta": "PAVE, task vector",
-          "per task": "one model per task"}
+COLOURS = {"plain": "#4c6ef5", "weight": "#e8590c", "delta": "#2b8a3e", "separate": "#9c36b5",
+           "per task": "#868e96"}
+LABELS = {"plain": "plain", "weight": "purify: weight (the paper's)", "delta": "purify: delta",
+          "separate": "purify: separate", "per task": "one model per task"}
 SPACES = {"covariance": "#e8590c", "svd": "#4c6ef5", "random": "#868e96"}
 AXIS = {
     "encoder": "accuracy, percent of the experts'",
@@ -53,8 +54,8 @@ def _methods(results: dict) -> plt.Figure:
                       xytext=(0, 3), textcoords="offset points", ha="center", color="#868e96")
     used = dict.fromkeys(r["group"] for r in records)
     handles = [plt.Line2D([], [], color=COLOURS[g], marker="o", label=LABELS[g]) for g in used]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.4, 1.03), ncols=2,
-                frameon=False)
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2,
+                  frameon=False)
     axes.set_xlabel(f"{AXIS[results['setting']]} (95 % interval over rows and seeds)")
     return _clean(figure, axes)
 
@@ -92,11 +93,13 @@ def _samples(results: dict, records: list[dict], parent: str) -> plt.Figure | No
         return None
     figure, axes = plt.subplots(figsize=(5, 3.5))
     counts, scores = zip(*points, strict=True)
-    axes.plot(counts, [100 * s for s in scores], "o-", color=COLOURS["paper"])
+    axes.plot(counts, [100 * s for s in scores], "o-", color=COLOURS["weight"],
+              label="purified")
     _twin_line(axes, results, parent)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(c) for c in counts])
     axes.set_xlabel("calibration rows per task")
+    axes.legend(frameon=False)
     axes.set_ylabel(AXIS[results["setting"]])
     axes.set_title(parent, fontsize=10)
     return _clean(figure, axes)

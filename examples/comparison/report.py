@@ -39,8 +39,8 @@ def records(comparison: Comparison) -> list[Record]:
                 record[key] = all_tasks.difference(name, other).as_dict()
                 record[key + "_these_tasks"] = these.difference(name, other).as_dict()
         record["yaml"] = {
-            seed: text(configuration(method, comparison.bench.place(seed), tuned.strength,
-                                     tuned.ratio))
+            seed: text(method, configuration(
+                method, comparison.bench.place(seed), tuned.strength, tuned.ratio))
             for seed in comparison.seeds
         }
         result.append(record)
@@ -88,7 +88,7 @@ def ablation_records(comparison: Comparison) -> list[Record]:
             "over_parent": drawn.difference(ablation.name, ablation.parent).as_dict(),
             "parent_score": drawn.score(ablation.parent).as_dict(),
             "seeds": comparison.seeds[:1],
-            "yaml": text(config),
+            "yaml": text(tested.method, config),
         })
     return result
 
@@ -120,7 +120,7 @@ def _table(comparison: Comparison, records: list[Record]) -> str:
     percent = comparison.bench.setting.METRIC == "accuracy"
     exact = [f"exact ({tasks[0]})"] if comparison.exact else []
     header = ["method", "score", *tasks, *exact, "over its twin", "over the best plain", "strength",
-              "ratio"]
+              "ratio or separation"]
     lines = [_line(header), "|---" * len(header) + "|"]
     for record in records:
         cells = [record["name"], _cell(record["score"])]

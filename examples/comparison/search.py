@@ -33,7 +33,7 @@ def tune(method: Method, objective: Objective, quick: bool = False) -> Tuned:
 
     strengths, ratios = method.strengths, method.ratios
     if quick:
-        strengths, ratios = strengths[1::2], ratios[:2]
+        strengths, ratios = strengths[1:4:2], ratios[:2]
     first = ratios[0] if ratios else None
     if not strengths:
         strength = None

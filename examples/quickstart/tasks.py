@@ -64,7 +64,7 @@ class Task:
     per_group: int = 6
 
     def load(self, sizes: dict[str, int]) -> dict[str, Rows]:
-        """Rows of every split in `sizes`, in an order and a split that depend on nothing but text."""
+        """Rows of every split in `sizes`; order and split depend on nothing but the text."""
         rows = {" ".join(t.split()): (group, label) for group, t, label in self.rows() if t}
         classes = sorted({label for _, label in rows.values()})
         splits: dict[str, Rows] = {name: ([], []) for name in sizes}

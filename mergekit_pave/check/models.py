@@ -14,6 +14,7 @@ from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
 from mergekit_pave.calibration.data import open_rows
+from mergekit_pave.calibration.limits import refuse_unless_causal
 from mergekit_pave.calibration.model import ModelSource, refuse_quantised
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.inputs import Input, calibration_spec, inputs
@@ -163,20 +164,26 @@ def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[F
             if store := entry.get("covariance"):
                 _check_owner(fetch_store(store, options), entry)
             elif entry.get("calibration_dataset"):
-                spec = calibration_spec(entry)
-                there = open_rows(spec).count
-                if there is not None and there < spec.num_samples:
-                    yield Finding(
-                        "warning", entry.where, f"{spec.dataset} has {there} of the "
-                        f"{spec.num_samples} rows of num_calibration_samples; more give "
-                        "better covariances."
-                    )
+                yield from _check_rows(entry, options)
         except PaveError as fault:
             yield error(entry.where, str(fault))
         if entry.get("covariance") and entry.get("calibration_dataset"):
             yield Finding(
                 "warning", entry.where, "covariance is used, the calibration keys are not."
             )
+
+
+def _check_rows(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
+    spec = calibration_spec(entry)
+    if spec.generated:
+        refuse_unless_causal(read_config(entry.model, options), str(entry.model))
+        return
+    there = open_rows(spec).count
+    if there is not None and there < spec.num_samples:
+        yield Finding(
+            "warning", entry.where, f"{spec.dataset} has {there} of the {spec.num_samples} rows of "
+            "num_calibration_samples; more give better covariances."
+        )
 
 
 def _check_owner(store: CovarianceStore, entry: Input) -> None:

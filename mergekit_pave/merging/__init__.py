@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 def methods(statistics: Statistics) -> tuple[MergeMethod, ...]:
     """One instance of each."""
+    from mergekit_pave.merging.blend import TsvRegMean
     from mergekit_pave.merging.emr import EmrMerge
     from mergekit_pave.merging.regmean import RegMean
     from mergekit_pave.merging.tsv import TaskSingularVectors
 
-    return (EmrMerge(), RegMean(statistics), TaskSingularVectors())
+    return EmrMerge(), RegMean(statistics), TaskSingularVectors(), TsvRegMean(statistics)
 
 
 # The first import of mergekit's methods makes the start-up hook ask for ours. Were it the import

@@ -38,7 +38,10 @@ _FLOOR = 1e-9
 PARAMETERS = (
     Parameter("weight", float, 1.0, True, "weight of this model's squared error",
               accepts=((lambda value: value >= 0), "0 or more")),
-    Parameter("lambda", float, 1.0, False, "factor on the merged task vector", gradient=True),
+    Parameter("lambda", float, 1.0, False,
+              "scales the merged task vectors of the weights that are solved for", gradient=True),
+    Parameter("lambda_other", float, 1.0, False,
+              "scales the mean task vectors of all other tensors", gradient=True),
     Parameter("averaging", float, 1.0, False,
               "1 averages the task vectors where models share inputs (RegMean), 0 adds them up",
               gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
@@ -142,11 +145,11 @@ class RegMean(CovarianceMethod):
                 raise PaveError(
                     f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
                 ) from error
-            delta = delta.mT if transposed else delta
+            delta = parameters["lambda"] * (delta.mT if transposed else delta)
         else:
-            delta = sum(d * w for d, w in zip(deltas, weights, strict=True)) / sum(weights)
-        merged = base.to(wide) + (parameters["lambda"] * delta).to(wide)
-        return merged.to(base.dtype)
+            total = sum(d * w for d, w in zip(deltas, weights, strict=True))
+            delta = parameters["lambda_other"] * total / sum(weights)
+        return (base.to(wide) + delta.to(wide)).to(base.dtype)
 
 
 def _reader(layer: Layer, device: torch.device) -> Callable[[], Tensor]:

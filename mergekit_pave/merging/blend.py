@@ -1,0 +1,85 @@
+"""The mean of TSV-Merge and of a RegMean that adds up more of the task vectors.
+
+Both keep tasks out of each other's way, by different means: `tsv` makes their singular vectors
+orthogonal, knowing nothing of the data; `regmean` with `averaging` below 1 weighs input directions
+by whose data has them, knowing nothing of the task vectors' structure. For a linear layer with the
+merged task vectors `D_tsv` and `D_reg` (out, in) of the two,
+
+    W = W_0 + lambda (b D_tsv + (1 - b) D_reg).
+
+What both get right adds up; where either goes wrong, it does so at half its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+from torch import Tensor
+
+from mergekit_pave.merging import regmean, tsv
+from mergekit_pave.merging.covariances import CovarianceMethod
+from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
+from mergekit_pave.spec import spec_of
+from mergekit_pave.statistics import Layer
+
+_OFF_DIAGONAL = next(p for p in regmean.PARAMETERS if p.name == "reduce_non_diagonal_ratio")
+_MEAN = next(p for p in tsv.PARAMETERS if p.name == "lambda_other")
+PARAMETERS = (
+    Parameter("weight", float, 1.0, True, "of this model, in both methods",
+              accepts=((lambda value: value >= 0), "0 or more")),
+    Parameter("balance", float, 0.5, False, "share of TSV-Merge; the rest is RegMean's",
+              gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
+    Parameter("averaging", float, None, False,
+              "RegMean's: how much each other model's inputs count; 1 / (models - 1) when not "
+              "given", gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
+    _OFF_DIAGONAL,
+    tsv.RANK_FRACTION,
+    Parameter("lambda", float, 1.0, False, "scales the merged task vectors of linear weights",
+              gradient=True),
+    _MEAN,
+)
+
+
+class TsvRegMean(CovarianceMethod):
+    """`tsv_regmean`: linear weights by both methods, everything else as in `tsv_m`."""
+
+    spec = MergeMethodSpec(
+        name="tsv_regmean",
+        parameters=tuple(map(spec_of, (*PARAMETERS, *CALIBRATION, COVARIANCE))),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        pretty_name="TSV-Merge and RegMean",
+        reference_url=tsv.PAPER,
+    )
+
+    def merge_layers(
+        self, group: TensorGroup, layers: Mapping[Hashable, Layer], **parameters: Any
+    ) -> Tensor:
+        of_tsv = {p.name: parameters[p.name] for p in tsv.PARAMETERS}
+        if len(layers) < len(group.non_base):
+            return tsv.TaskSingularVectors().merge_group(group, **of_tsv)
+        averaging = parameters["averaging"]
+        if averaging is None:
+            averaging = 1 / max(len(group.non_base) - 1, 1)
+        of_regmean = {p.name: parameters[p.name] for p in regmean.PARAMETERS}
+        share, scale = parameters["balance"], parameters["lambda"]
+        # In float32 or better throughout: a difference of casts would be mostly rounding.
+        wide = group.base.tensor.to(torch.promote_types(group.base.tensor.dtype, torch.float32))
+        group_wide = TensorGroup(
+            tuple(
+                type(entry)(entry.id, entry.tensor.to(wide), entry.is_base)
+                for entry in group.entries
+            ),
+            group.metadata,
+        )
+        merged = wide.clone()
+        if share > 0:
+            one = tsv.TaskSingularVectors().merge_group(group_wide, **{**of_tsv, "lambda": 1.0})
+            merged.add_(one - wide, alpha=scale * share)
+        if share < 1:
+            other = regmean.RegMean(self.statistics).merge_layers(
+                group_wide, layers, **{**of_regmean, "lambda": 1.0, "averaging": averaging})
+            merged.add_(other - wide, alpha=scale * (1 - share))
+        return merged.to(group.base.tensor.dtype)
