@@ -1,11 +1,12 @@
 """Parameters for a merge, read off its own weights and data.
 
 `rank_ratio`: the largest cut that takes no more than a threshold (0.1 %) of the activated energy
-`E |W x|^2` from any looked-at layer of any model, with the ranks shared between the models as
-the merge would share them. The energy is that of the calibration rows, and of held-out rows
-where there are any: the larger counts. Never below 0.875, the largest cut in the paper (arXiv
-2510.14697): the energy of a whole weight says little about a task vector cut to pieces. Kinds of
-weights that bear at least twice the cut get a filter, and so do those that bear less.
+`E |W x|^2` from any looked-at layer of any model, and no more than the fine-tuning had changed
+(both norms of the weight), with the ranks shared between the models as the merge would share
+them. The energy is that of the calibration rows, and of held-out rows where there are any: the
+larger counts. Never below 0.875, the largest cut in the paper (arXiv 2510.14697): the energy of a
+whole weight says little about a task vector cut to pieces. Kinds of weights that bear at least
+twice the cut get a filter, and so do those that bear less.
 
 `num_calibration_samples`: enough for 4 tokens per dimension of the scarcest covariance, and
 twice as many as now where directions that look idle on the calibration rows carry more than
@@ -60,10 +61,10 @@ def module(name: str) -> str:
 
 
 def largest_cut(seen: Iterable[Seen], threshold: float) -> float:
-    """The smallest of `RATIOS` that, like all above it, keeps every layer below `threshold`."""
+    """The smallest of `RATIOS` that, like all above it, every layer bears."""
     best, seen = RATIOS[0], list(seen)
     for ratio in RATIOS:
-        if any(s.worst(ratio) > threshold for s in seen):
+        if not all(s.bears(ratio, threshold) for s in seen):
             break
         best = ratio
     return best
@@ -103,8 +104,10 @@ def _cost(seen: Sequence[Seen], ratio: float) -> str:
     pairs = [pair for one in seen for pair in one.shares(ratio)]
     worst = max(spent.share(dropped) for spent, dropped in pairs)
     task = median(spent.calibration[d].item() / spent.task for spent, d in pairs if spent.task > 0)
+    removed = max(spent.removed[d].item() for spent, d in pairs)
     return (f"takes at most {100 * worst:.2g}% of a layer's activated energy, in the median "
-            f"{100 * task:.2g}% of its task vector's")
+            f"{100 * task:.2g}% of its task vector's, and {removed:.2g} times what fine-tuning "
+            "changed")
 
 
 def samples(merge: Merge, gap: float | None) -> Line | None:
@@ -145,12 +148,12 @@ def damping(seen: Sequence[Seen]) -> Line:
                     "would measure it")
     score = {f: mean(d[f] for d in scored) for f in DAMPINGS}
     best = min(score, key=score.get)
-    gain = 1 - math.exp(score[best] - score[DEFAULT_DAMPENING])
-    if gain < WORTH:
+    gain = math.exp(score[DEFAULT_DAMPENING] - score[best])
+    if gain < 1 + WORTH:
         return Line("dampening_frac", DEFAULT_DAMPENING, "no other drops noticeably less "
                     "energy on held-out rows")
-    return Line("dampening_frac", best, f"drops {gain:.0%} less energy on held-out rows than "
-                f"{DEFAULT_DAMPENING} does")
+    return Line("dampening_frac", best, f"what {DEFAULT_DAMPENING} drops has {gain:.3g} times "
+                "its energy on held-out rows")
 
 
 def suggest(
@@ -210,7 +213,7 @@ def suggest_cli(config: Path, layers, device, lora_merge_cache, transformers_cac
 
     Prints `parameters:` to paste into CONFIG, a reason behind each. rank_ratio is the largest
     cut, down to 0.875, that takes at most --threshold of the activated energy from any layer of
-    any model; kinds of weights that bear twice that cut, or less, get a filter. Samples are
+    any model, and no more of a weight than fine-tuning had changed; kinds of weights that bear twice that cut, or less, get a filter. Samples are
     enough for 4 tokens per dimension. Damping is the one whose dropped directions carry least
     energy on held-out rows, and stays at its default without them. Nothing is merged.
 

@@ -22,15 +22,17 @@ RANK = 400
 
 
 def seen(name: str, bears: float, *, models: int = 2, held: float | None = None,
-         dampings: dict | None = None) -> Seen:
-    """A layer whose models lose `THRESHOLD` exactly at the ratio `bears`."""
+         dampings: dict | None = None, removed: float = 1e-3) -> Seen:
+    """A layer whose models lose `THRESHOLD` exactly at the ratio `bears`, and with each direction
+    `removed` of what fine-tuning changed."""
     settings = gather.Settings(0.98, "uniform", "covariance", None, None)
     layer = gather.Layer(name, 0, name, (RANK, RANK), settings)
     count = allocation.cap(RANK, RATIOS[-1])
     drop = allocation.allocate([torch.zeros(count)], RANK, bears, "uniform")[0]
     per = suggest.THRESHOLD * 0.999 / drop
     energy = per * torch.arange(count + 1, dtype=torch.float64)
-    spent = Spent(torch.zeros(count), energy, None if held is None else held * energy, 0.1)
+    spent = Spent(torch.zeros(count), energy, None if held is None else held * energy,
+                  removed * torch.arange(count + 1), 0.1)
     return Seen(layer, [spent] * models, dampings or {})
 
 
@@ -55,6 +57,13 @@ def test_the_largest_cut_below_the_threshold(bears):
 
 def test_no_cut_goes_beyond_the_papers_largest():
     assert suggest.largest_cut([seen("a", 0.5)], 0.9) == 0.875
+
+
+def test_no_more_is_dropped_than_fine_tuning_changed():
+    """20 of 400 directions are 5 %, and each takes a twentieth of the change."""
+    assert suggest.largest_cut([seen("a", 0.875, removed=1 / 20)], suggest.THRESHOLD) == 0.95
+    nothing = 0.999  # of 400 directions
+    assert suggest.largest_cut([seen("a", 0.875, removed=2.0)], suggest.THRESHOLD) == nothing
 
 
 def test_held_out_rows_count_where_they_lose_more():
@@ -102,7 +111,7 @@ def test_damping_is_the_one_that_generalises():
     assert suggest.damping([seen("a", 0.98, dampings={**flat, 0.1: -0.01})]).value == 0.01
     line = suggest.damping([seen("a", 0.98, dampings={**flat, 0.1: -0.5})])
     assert line.value == 0.1
-    assert "39% less" in line.why
+    assert "1.65 times" in line.why
 
 
 # --- whole runs ----------------------------------------------------------------------------
@@ -151,6 +160,7 @@ def test_the_threshold_holds_for_the_purified_weights(config):
             lost = u[:, layer.rank - dropped:].T @ w
             share = torch.trace(lost @ c @ lost.T) / torch.trace(w @ c @ w.T)
             assert share < 1e-3
+            assert lost.norm() <= (w - merge.base_weight(layer).double()).norm()
 
 
 def test_scarce_data_ask_for_more_rows(families, texts, tmp_path):

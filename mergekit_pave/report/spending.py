@@ -29,12 +29,14 @@ class Spent:
         normalised: (k,) the tail of `A`, for the allocation.
         calibration: (k + 1,) share of the output energy on the calibration rows.
         held_out: (k + 1,) the same on held-out rows, None without any.
+        removed: (k + 1,) norm of what is dropped over the norm of the task vector.
         task: output energy of the task vector over that of the weight.
     """
 
     normalised: Tensor
     calibration: Tensor
     held_out: Tensor | None
+    removed: Tensor
     task: float
 
     def share(self, dropped: int) -> float:
@@ -59,9 +61,13 @@ class Seen:
                                     self.layer.settings.rank_allocation)
         return list(zip(self.models, drops, strict=True))
 
-    def worst(self, ratio: float) -> float:
-        return max(spent.share(dropped) for spent, dropped in self.shares(ratio))
-
+    def bears(self, ratio: float, threshold: float) -> bool:
+        """Whether every model keeps all but `threshold` of its output energy, and the merge
+        sees no more of the base taken away than of the fine-tuning."""
+        return all(
+            spent.share(dropped) <= threshold and spent.removed[dropped] <= 1
+            for spent, dropped in self.shares(ratio)
+        )
 
 
 def look(
@@ -104,7 +110,10 @@ def _spent(
                 for c in (covariance, other)]
     output = measure.output_energy(weight, covariance)
     task = measure.output_energy(weight - base, covariance) / output if output > 0 else 0.0
-    return Spent(tail.normalised.cpu(), energies[0], energies[1], task)
+    lengths = torch.linalg.vector_norm(tail.basis.mT @ weight, dim=1).square().cumsum(0)
+    changed = torch.linalg.vector_norm(weight - base).clamp_min(torch.finfo(weight.dtype).tiny)
+    removed = torch.cat([lengths.new_zeros(1), lengths]).sqrt() / changed
+    return Spent(tail.normalised.cpu(), energies[0], energies[1], removed.cpu(), task)
 
 
 def _shares(basis: Tensor, weight: Tensor, covariance: Tensor) -> Tensor:
