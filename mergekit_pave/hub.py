@@ -174,6 +174,8 @@ def store_card(store: CovarianceStore, repo_id: str = "REPO_ID") -> str:
     widths = Counter(site.width for site in store.sites.values())
     shapes = ", ".join(f"{count} of {w} x {w}" for w, count in sorted(widths.items()))
     where = "a local data set (not published)" if data["local"] else f"`{data['dataset']}`"
+    if data.get("generated"):
+        where = "text that the model generated itself"
     about = ", ".join(f"{k} {data[k]}" for k in ("config", "split", "seed") if data.get(k))
     return DatasetCard(f"""\
 ---
@@ -182,8 +184,8 @@ def store_card(store: CovarianceStore, repo_id: str = "REPO_ID") -> str:
 
 # Layer input covariances of {model["id"]}
 
-Uncentred second moments `X^T X / n` of the inputs of this model's linear layers on its own task
-data, for purifying its task vector (PAVE, [arXiv 2510.14697]({PAPER})) when it is merged with
+Uncentred second moments `X^T X / n` of the inputs of this model's linear layers on the data named
+below, for purifying its task vector (PAVE, [arXiv 2510.14697]({PAPER})) when it is merged with
 others: no data is needed for that any more.
 
 ## Contents

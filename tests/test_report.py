@@ -266,6 +266,11 @@ def test_nothing_to_purify_is_said(families, texts, tmp_path):
         opened(families("llama"), texts, tmp_path, rank_ratio=1.0)
 
 
+def test_only_the_papers_form_is_shown(families, texts, tmp_path):
+    with pytest.raises(PaveError, match="what `purify: weight` would do: take `purify`"):
+        opened(families("llama"), texts, tmp_path, purify="delta", rank_ratio=0.25)
+
+
 def test_layers_are_sampled_evenly(made):
     merge, _ = made("llama")
     assert sample.spread(range(80), 5) == [0, 20, 40, 59, 79]

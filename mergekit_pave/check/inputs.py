@@ -179,8 +179,8 @@ def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator
         if entry.looked_at and not (entry.get("covariance") or entry.get("calibration_dataset")):
             yield error(
                 entry.where, f"{entry.model} has no calibration data: add "
-                "`calibration_dataset: NAME_OR_FILE` (its own task data), `covariance: STORE` or "
-                "`calibration_dataset: none` to its parameters."
+                "`calibration_dataset: NAME_OR_FILE` (its own task data), `covariance: STORE` or, "
+                "without data, `calibration_dataset: none` or `self` to its parameters."
             )
     yield from _check_slices(config)
 

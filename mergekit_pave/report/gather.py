@@ -174,6 +174,11 @@ def open_merge(
     for warning in preflight(config, text, options, Allowances(allow_crimes)):
         logger.warning("%s", warning)
     entries = _one_base(inputs(config))
+    if entries[0].can_be("purify") != {"weight"}:
+        raise PaveError(
+            "This looks at what `purify: weight` would do: take `purify` (and `separation`, and a "
+            "rank_ratio meant for it) out of a copy of the configuration."
+        )
     sources = [model_source(entry.model, options) for entry in entries]
     models = [
         Model(label, entry, source, Checkpoint(source), _store_of(entry, source, options, device))
