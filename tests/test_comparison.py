@@ -98,8 +98,11 @@ def test_seeds_and_tasks_are_drawn_too():
 # --- search --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [m for m in methods.METHODS if m.strengths])
-@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize(
+    ("method", "place"),
+    [(m, place) for m in methods.METHODS for place in range(len(m.strengths))],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_every_method_finds_a_peak_within_the_budget(method, place):
     calls = []
     top = method.strengths[place]
@@ -168,10 +171,10 @@ def test_every_ablation_passes_the_check_and_changes_something(quick, place):
 def test_twins_have_their_plain_methods_parameters():
     by_name = {method.name: method for method in methods.METHODS}
     for method in methods.METHODS:
-        if method.twin:
+        if method.merge_method.startswith("pave_"):
             twin = by_name[method.twin]
-            assert (method.strengths, method.model_parameters, method.task_models) == (
-                twin.strengths, twin.model_parameters, twin.task_models)
+            assert (method.model_parameters, method.task_models, len(method.strengths)) == (
+                twin.model_parameters, twin.task_models, len(twin.strengths))
             assert method.merge_method == f"pave_{twin.merge_method}"
 
 
@@ -320,7 +323,8 @@ def test_nothing_tested_by_the_encoder_setting_was_seen_before():
     tuned = {t for task in encoder.NAMES for t in encoder.rows(task, False)["validation"][0]}
     for task in encoder.NAMES:
         tested, labels = encoder.held_out(task, "test", False)
-        assert len(tested) == len(labels) == len(encoder.groups(task, "test", False)) > 800
+        assert len(tested) == len(labels) == len(encoder.groups(task, "test", False))
+        assert len(tested) > 0.7 * encoder.SIZES["test"]
         assert not set(tested) & trained and not set(tested) & tuned
         assert not set(encoder.held_out(task, "validation", False)[0]) & trained
 

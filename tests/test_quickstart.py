@@ -55,8 +55,8 @@ def test_templates_become_absolute(method, tmp_path):
 def test_split_holds_out_whole_groups_and_ignores_the_order_of_the_package():
     rows = [(f"g{i % 200}", f"text  {i}", f"class{i % 3}") for i in range(4000)]
     sizes = {"train": 500, "validation": 60, "test": 100}
-    splits = tasks.Task("t", "p", lambda: iter(rows)).load(sizes, per_group=6)
-    again = tasks.Task("t", "p", lambda: reversed(rows)).load(sizes, per_group=6)
+    splits = tasks.Task("t", "p", lambda: iter(rows)).load(sizes)
+    again = tasks.Task("t", "p", lambda: reversed(rows)).load(sizes)
     assert splits == again
     group_of = {" ".join(text.split()): (group, label) for group, text, label in rows}
     groups = {name: [group_of[text][0] for text in texts] for name, (texts, _) in splits.items()}

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 KIND = "encoder"
 METRIC = "accuracy"
 NAMES = tuple(task.name for task in TASKS)
-SIZES = {"train": 4000, "validation": 250, "test": 1000}
+SIZES = {"train": 4000, "validation": 150, "test": 400}
 QUICK = {"train": 600, "validation": 100, "test": 200}
 EPOCHS, LEARNING_RATE = 2, 2e-4
 CALIBRATION_ROWS = 1024

@@ -12,14 +12,15 @@ from typing import Any
 
 import yaml
 
-# Seven strengths each. A plain method tries all and then one between the best two; a purified
-# one finds the best with five and spends three on its ratio: eight merges for everyone.
-SUM = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # of methods that add task vectors up
-MEAN = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of methods that average them
-SOLVED = (0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of closed forms, where 1 is the solution
-WEIGHT_RATIOS = (0.98, 0.95, 0.99, 0.998)  # of `purify: weight`; the first is the default
-DELTA_RATIOS = (0.25, 0.1, 0.5, 0.8)  # of `purify: delta`
-SEPARATIONS = (None, 0.1, 0.5, 1.0)  # `separation` of `purify: separate`
+# Five strengths each. A plain method tries all and then one between the best two; one with a
+# second parameter finds the best with four and spends two on that: six merges for everyone.
+SUM = (0.15, 0.25, 0.4, 0.6, 0.9)  # of methods that add task vectors up
+MEAN = (0.75, 1.25, 1.75, 2.5, 3.5)  # of methods that average them
+SOLVED = (0.7, 0.85, 1.0, 1.2, 1.5)  # of those that keep tasks apart, where 1 is meant
+SHRUNK = (0.2, 0.35, 0.5, 0.75, 1.0)
+WEIGHT_RATIOS = (0.98, 0.95, 0.995)  # of `purify: weight`; the first is the default
+DELTA_RATIOS = (0.25, 0.1, 0.5)  # of `purify: delta`
+SEPARATIONS = (None, 0.1, 0.5)  # `separation` of `purify: separate`, `averaging` of `regmean`
 
 # What turns a merge's folder, or a YAML file, into one model for every task.
 TASK_MODELS = {
@@ -84,17 +85,22 @@ class Ablation:
 
 
 _SPARSE = {"weight": 1.0, "density": 0.2}
-_PLAIN = (
-    # name, strengths, parameters of every model
-    ("task_arithmetic", SUM, {"weight": 1.0}),
-    ("ties", MEAN, _SPARSE),
-    ("dare_linear", SUM, _SPARSE),
-    ("dare_ties", SUM, _SPARSE),
-    ("breadcrumbs", SUM, {"weight": 1.0, "density": 0.8, "gamma": 0.05}),
-    ("della", MEAN, {"weight": 1.0, "density": 0.5}),
-    ("tsv_m", MEAN, {"weight": 1.0}),
-    ("regmean", SOLVED, {"weight": 1.0}),
-)
+_PLAIN = {
+    # name: (strengths, parameters of every model)
+    "task_arithmetic": (SUM, {"weight": 1.0}),
+    "ties": (MEAN, _SPARSE),
+    "dare_ties": (SUM, _SPARSE),
+    "breadcrumbs": (SUM, {"weight": 1.0, "density": 0.8, "gamma": 0.05}),
+    "della": (MEAN, {"weight": 1.0, "density": 0.5}),
+    "tsv_m": (SOLVED, {"weight": 1.0}),
+    "regmean": (SOLVED, {"weight": 1.0}),
+}
+# Elsewhere the paper's form is enough to see what purification does.
+_PURIFIED = {
+    "weight": tuple(_PLAIN),
+    "delta": ("task_arithmetic", "ties", "tsv_m", "regmean"),
+    "separate": ("task_arithmetic", "ties", "tsv_m"),
+}
 
 
 def _purified(
@@ -120,11 +126,17 @@ def _purified(
 
 METHODS: tuple[Method, ...] = (
     Method("average", "linear", "plain", model_parameters={"weight": 1.0}),
-    *(Method(name, name, "plain", grid, model_parameters=own) for name, grid, own in _PLAIN),
+    *(Method(name, name, "plain", grid, model_parameters=own)
+      for name, (grid, own) in _PLAIN.items()),
+    Method("regmean (averaging)", "regmean", "plain", SOLVED, (0.2, 0.1, 0.5), "averaging",
+           twin="regmean"),
+    Method("tsv_regmean", "tsv_regmean", "plain", SOLVED, (0.5, 0.3, 0.7), "balance",
+           twin="tsv_m"),
     *(
-        _purified(name, purify, grid, own)
-        for purify in ("weight", "delta", "separate")
-        for name, grid, own in _PLAIN
+        _purified(name, purify, SHRUNK if (name, purify) == ("tsv_m", "separate") else
+                  _PLAIN[name][0], _PLAIN[name][1])
+        for purify, names in _PURIFIED.items()
+        for name in names
     ),
     Method("emr", "emr", "per task", task_models="emr"),
     *(_purified("emr", purify, task_models="emr") for purify in ("weight", "delta", "separate")),
@@ -134,8 +146,8 @@ METHODS: tuple[Method, ...] = (
 QUICK = ("average", "ties", "pave_ties (weight)", "pave_ties (delta)", "emr", "tsv_c")
 
 _CURVE = {  # of `rank_ratio`
-    "weight": (0.8, 0.9, 0.95, 0.98, 0.99, 0.998),
-    "delta": (0.05, 0.1, 0.25, 0.5, 0.75, 0.9),
+    "weight": (0.8, 0.9, 0.95, 0.98, 0.998),
+    "delta": (0.05, 0.1, 0.25, 0.5, 0.9),
 }
 
 

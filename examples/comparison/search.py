@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from methods import Method
 
-BUDGET = 8  # merges for each method
+BUDGET = 6  # merges for each method
 
 Objective = Callable[[float | None, float | None], float]  # of strength and ratio; higher is better
 
