@@ -9,7 +9,7 @@ from test_calibration import reference, spec_of
 from test_merge import config_of, merge, papers_formula, tensors_of
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.regmean import regmean
+from mergekit_pave.merging.regmean import flattened, regmean
 
 
 def closed_form(weights, covariances, off_diagonal, shares=None):
@@ -72,6 +72,20 @@ def test_a_dead_feature_divides_nothing_by_zero():
         assert merged.isfinite().all()
     with pytest.raises(ValueError, match="empty"):
         regmean(torch.randn(1, 4, 8), readers([torch.zeros(8, 8)]), [1.0], 0.9)
+
+
+def test_flattening_keeps_directions_and_their_mean_strength():
+    torch.manual_seed(4)
+    delta = torch.randn(6, 9).double() @ torch.logspace(0, -2, 9).diag().double()
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    even = flattened(delta, 1.0)
+    assert torch.allclose(even, s.mean() * u @ vh)
+    half = u * (s.sqrt() * s.mean() / s.sqrt().mean()) @ vh
+    assert torch.allclose(flattened(delta, 0.5), half)
+    assert flattened(delta, 0.0) is delta
+    low_rank = (u[:, :2] * s[:2]) @ vh[:2]
+    assert torch.linalg.matrix_rank(flattened(low_rank, 1.0), rtol=1e-6) == 2
+    assert not flattened(torch.zeros(3, 4), 0.5).any()
 
 
 def test_averaging_goes_from_the_sum_to_regmean():

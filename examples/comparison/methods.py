@@ -17,6 +17,7 @@ import yaml
 SUM = (0.15, 0.25, 0.4, 0.6, 0.9)  # of methods that add task vectors up
 MEAN = (0.75, 1.25, 1.75, 2.5, 3.5)  # of methods that average them
 SOLVED = (0.7, 0.85, 1.0, 1.2, 1.5)  # of those that keep tasks apart, where 1 is meant
+FLATTENED = (0.7, 1.0, 1.25, 1.5, 1.8)
 SHRUNK = (0.2, 0.35, 0.5, 0.75, 1.0)
 WEIGHT_RATIOS = (0.98, 0.95, 0.995)  # of `purify: weight`; the first is the default
 DELTA_RATIOS = (0.25, 0.1, 0.5)  # of `purify: delta`
@@ -130,6 +131,8 @@ METHODS: tuple[Method, ...] = (
       for name, (grid, own) in _PLAIN.items()),
     Method("regmean (averaging)", "regmean", "plain", SOLVED, (0.2, 0.1, 0.5), "averaging",
            twin="regmean"),
+    Method("regmean (averaging, flattened)", "regmean", "plain", FLATTENED, (0.2, 0.1, 0.5),
+           "averaging", {"flattening": 0.5}, twin="regmean"),
     Method("tsv_regmean", "tsv_regmean", "plain", SOLVED, (0.5, 0.3, 0.7), "balance",
            twin="tsv_m"),
     *(

@@ -63,7 +63,13 @@ class TsvRegMean(CovarianceMethod):
         averaging = parameters["averaging"]
         if averaging is None:
             averaging = 1 / max(len(group.non_base) - 1, 1)
-        of_regmean = {p.name: parameters[p.name] for p in regmean.PARAMETERS}
+        of_regmean = {
+            "weight": parameters["weight"],
+            "averaging": averaging,
+            "flattening": 0.0,
+            _OFF_DIAGONAL.name: parameters[_OFF_DIAGONAL.name],
+            "lambda": 1.0,
+        }
         share, scale = parameters["balance"], parameters["lambda"]
         # In float32 or better throughout: a difference of casts would be mostly rounding.
         wide = group.base.tensor.to(torch.promote_types(group.base.tensor.dtype, torch.float32))
@@ -80,6 +86,6 @@ class TsvRegMean(CovarianceMethod):
             merged.add_(one - wide, alpha=scale * share)
         if share < 1:
             other = regmean.RegMean(self.statistics).merge_layers(
-                group_wide, layers, **{**of_regmean, "lambda": 1.0, "averaging": averaging})
+                group_wide, layers, **of_regmean)
             merged.add_(other - wide, alpha=scale * (1 - share))
         return merged.to(group.base.tensor.dtype)

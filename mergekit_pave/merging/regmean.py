@@ -14,6 +14,11 @@ The second form is used: rounding and damping then touch the task vectors, not t
 
 1 is RegMean. It averages where tasks share inputs; smaller values add up more of the task vectors,
 and 0 adds them up whole, which is task arithmetic.
+
+What several tasks have in common is added up several times and outgrows what one of them alone has.
+`flattening` (`p`) evens that out, as isotropic merging does with plain sums of task vectors (Marczak
+et al., arXiv 2502.04959): the merged task vector `U S V^T` becomes `U S^(1 - p) V^T`, scaled so that
+the mean singular value stays. 0 leaves it, 1 makes all directions equally strong.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ from mergekit_pave.statistics import Layer
 
 # Of the mean diagonal: a feature that no model's data ever activates must not divide by zero.
 _FLOOR = 1e-9
+# Of the largest singular value: rounding.
+_NULL = 1e-10
 
 PARAMETERS = (
     Parameter("weight", float, 1.0, True, "weight of this model's squared error",
@@ -45,6 +52,9 @@ PARAMETERS = (
     Parameter("averaging", float, 1.0, False,
               "1 averages the task vectors where models share inputs (RegMean), 0 adds them up",
               gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
+    Parameter("flattening", float, 0.0, False,
+              "how far the merged singular values are evened out: 0 not at all, 1 all are equal",
+              gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
     Parameter("reduce_non_diagonal_ratio", float, 0.9, False,
               "factor on the covariances off their diagonal, as in the paper (section 3.3)",
               gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
@@ -97,6 +107,16 @@ def regmean(
     return merged
 
 
+def flattened(delta: Tensor, flattening: float) -> Tensor:
+    """`U S^(1 - p) V^T` (out, in) with the mean singular value of `delta = U S V^T`."""
+    if flattening == 0 or not delta.any():
+        return delta
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    # Null directions stay null: S^0 would give them the strength of all others.
+    powers = torch.where(s > _NULL * s[0], s ** (1 - flattening), 0)
+    return (u * (powers * (s.mean() / powers.mean()))) @ vh
+
+
 def _floored(moment: Tensor) -> Tensor:
     mean = moment.diagonal().mean()
     if not mean > 0 or not mean.isfinite():
@@ -141,6 +161,7 @@ class RegMean(CovarianceMethod):
                     parameters["reduce_non_diagonal_ratio"],
                     parameters["averaging"],
                 )
+                delta = flattened(delta, parameters["flattening"])
             except (ValueError, torch.linalg.LinAlgError) as error:
                 raise PaveError(
                     f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
