@@ -213,9 +213,10 @@ def suggest_cli(config: Path, layers, device, lora_merge_cache, transformers_cac
 
     Prints `parameters:` to paste into CONFIG, a reason behind each. rank_ratio is the largest
     cut, down to 0.875, that takes at most --threshold of the activated energy from any layer of
-    any model, and no more of a weight than fine-tuning had changed; kinds of weights that bear twice that cut, or less, get a filter. Samples are
-    enough for 4 tokens per dimension. Damping is the one whose dropped directions carry least
-    energy on held-out rows, and stays at its default without them. Nothing is merged.
+    any model, and no more of a weight than fine-tuning had changed; kinds of weights that bear
+    twice that cut, or less, get a filter. Samples are enough for 4 tokens per dimension. Damping
+    is the one whose dropped directions carry least energy on held-out rows, and stays at its
+    default without them. Nothing is merged.
 
     \b
     Examples:

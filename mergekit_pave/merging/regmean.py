@@ -15,10 +15,10 @@ The second form is used: rounding and damping then touch the task vectors, not t
 1 is RegMean. It averages where tasks share inputs; smaller values add up more of the task vectors,
 and 0 adds them up whole, which is task arithmetic.
 
-What several tasks have in common is added up several times and outgrows what one of them alone has.
-`flattening` (`p`) evens that out, as isotropic merging does with plain sums of task vectors (Marczak
-et al., arXiv 2502.04959): the merged task vector `U S V^T` becomes `U S^(1 - p) V^T`, scaled so that
-the mean singular value stays. 0 leaves it, 1 makes all directions equally strong.
+What several tasks have in common is added up several times and outgrows what one of them alone
+has. `flattening` (`p`) evens that out, as isotropic merging does with plain sums of task vectors
+(Marczak et al., arXiv 2502.04959): the merged task vector `U S V^T` becomes `U S^(1 - p) V^T`,
+scaled so that the mean singular value stays. 0 leaves it, 1 makes all directions equally strong.
 """
 
 from __future__ import annotations
