@@ -34,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.tsv import factors, wide
+from mergekit_pave.merging.tsv import factors
+from mergekit_pave.numeric import double
 from mergekit_pave.store import MANIFEST
 
 KIND = "mergekit-pave compressed model"
@@ -66,6 +67,19 @@ class Kept:
     rank: int | None = None
     energy: tuple[float, float] | None = None
 
+    def __post_init__(self):
+        """Raise `ValueError` for what no `compress` has written."""
+        fits = (
+            self.how in _STORED
+            and isinstance(getattr(torch, self.dtype, None), torch.dtype)
+            and (self.base is None) == (self.how == "whole")
+            and (self.file is None) == (self.how == "base")
+            # Nothing outside the folder is read.
+            and (self.file is None or Path(self.file).name == self.file)
+        )
+        if not fits:
+            raise ValueError(f"{self.how}, {self.dtype} and {self.file} do not fit together")
+
 
 def pack(
     tuned: Tensor, base: Tensor | None, count: int, dtype: torch.dtype
@@ -89,7 +103,7 @@ def pack(
         if len(rows) * (tuned.shape[1] + 1) < min(room + 1, tuned.numel()):
             return "rows", {"": tuned[rows], "::rows": rows.to(torch.int32)}, None
         if room < tuned.numel():
-            delta = wide(tuned) - wide(base)
+            delta = double(tuned) - double(base)
             total = delta.square().sum().item()
             if not isfinite(total):
                 raise ValueError("holds NaN or Inf")
@@ -143,7 +157,7 @@ class Compressed:
             self.base: dict[str, str | None] = {k: manifest["base"][k] for k in ("id", "hub")}
             self.files: list[str] = [Path(name).name for name in manifest["files"]]
             self.tensors = {name: Kept(**kept) for name, kept in manifest["tensors"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"{MANIFEST}: {error!r}") from error
 
     def _damaged(self, what: str) -> PaveError:

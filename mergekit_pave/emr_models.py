@@ -21,7 +21,6 @@ from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tensor_writer import TensorWriter
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mergekit_pave import hub
@@ -29,17 +28,14 @@ from mergekit_pave.calibration.model import model_class
 from mergekit_pave.check.inputs import configuration, model_reference
 from mergekit_pave.check.keys import read_yaml
 from mergekit_pave.check.models import read_config
-from mergekit_pave.disk import to_disk
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions, model_source
 from mergekit_pave.merging.emr import Sums, scale, task_weight
+from mergekit_pave.model_folder import appearing, companions, refuse_used
 from mergekit_pave.public import is_local
 from mergekit_pave.task_masks import RESCALERS, Masked, TaskMasks, identity
 
 _CONFIGURATION = "mergekit_config.yml"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-# They tell how the merge was made.
-_OF_THE_MERGE = ("README.md", _CONFIGURATION, "pave_report.json")
 
 
 def load_task_model(
@@ -127,38 +123,16 @@ def materialize(
     Config and tokenizer are the merged model's. Arguments and errors as in `load_task_model`.
     """
     options = options or LoaderOptions()
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PaveError(f"{out} exists already; choose another folder for the task's model.")
+    refuse_used(Path(out))
     folder = _folder(merged, options)
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
+    with appearing(Path(out)) as temporary:
         writer = TensorWriter(str(temporary))
         tensors = task_tensors(folder, task, base=base, rescaler=rescaler, options=options)
         for name, tensor in tensors:
             writer.save_tensor(name, tensor)
         writer.finalize()
-        for file in _companions(folder):
-            shutil.copyfile(file, temporary / file.name)
-        for file in temporary.iterdir():
-            to_disk(file)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-        to_disk(out.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PaveError(f"Cannot write the task's model to {out}: {reason}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _companions(folder: Path) -> Iterator[Path]:
-    """Config, tokenizer and what else the merged model needs beside its weights."""
-    for file in sorted(folder.iterdir()):
-        hidden = file.name.startswith(".")
-        if file.is_file() and not hidden and not file.name.endswith((*_WEIGHTS, *_OF_THE_MERGE)):
-            yield file
+        for name, file in companions(folder).items():
+            shutil.copyfile(file, temporary / name)
 
 
 def _factor(masks: TaskMasks, task: int, rescaler: str | None) -> float:

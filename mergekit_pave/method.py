@@ -6,7 +6,6 @@ What is done to the weights is in `purification`; where the covariances come fro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,16 +22,15 @@ from mergekit.merge_methods import (
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.covariances import CovarianceMethod, is_matrix, layer_of
+from mergekit_pave.merging.covariances import CovarianceMethod, is_matrix, layer_of, prepare
+from mergekit_pave.numeric import check_finite, wide
 from mergekit_pave.parameters import PARAMETERS
-from mergekit_pave.purification import Participant, separated, truncated, wide
+from mergekit_pave.purification import Participant, separated, truncated
 from mergekit_pave.spec import spec_of
 from mergekit_pave.statistics import Layer, Statistics
 
 PREFIX = "pave_"
 PAPER = "https://arxiv.org/abs/2510.14697"
-# What mergekit's planner calls a run of layers, before it comes to single tensors.
-_WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
 
 
 def can_wrap(method: MergeMethod) -> bool:
@@ -69,8 +67,7 @@ class PaveMerge(GroupMergeMethod):
 
     def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if group_name and _WHOLE_SLICE.search(group_name):
-            self.statistics.prepare(input_ids)
+        prepare(self.statistics, input_ids, group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         own = {name: parameters[name] for name in PARAMETERS}
@@ -78,12 +75,14 @@ class PaveMerge(GroupMergeMethod):
         wants_layers = isinstance(self.inner, CovarianceMethod)
         # A model that contributes nothing here still has inputs, which the others should spare.
         all_models = wants_layers or own["purify"] == "separate"
+        # What ranks the directions to purify is nothing to a method that needs the covariances.
+        looked_up = {**own, "subspace": "covariance"} if wants_layers else own
         layers: dict[Hashable, Layer] = {}
         if is_matrix(group) and (own["rank_ratio"] != 1 or wants_layers):
             for entry in group.non_base:
                 if not (all_models or _contributes(entry, group, inner)):
                     continue
-                layer = layer_of(self.statistics, group, entry, own)
+                layer = layer_of(self.statistics, group, entry, looked_up)
                 if layer is not None:
                     layers[entry.id] = layer
         purified = self._purify(group, layers, own, inner)
@@ -117,9 +116,9 @@ class PaveMerge(GroupMergeMethod):
         if own["rank_ratio"] == 1 or not participants:
             return group
         base, name = group.base.tensor, group.metadata.name
-        _check_finite(base, group.base.id, name)
+        check_finite(base, group.base.id, name)
         for participant in participants:
-            _check_finite(participant.tensor, participant.model, name)
+            check_finite(participant.tensor, participant.model, name)
         if own["purify"] == "separate":
             new = separated(participants, layers, base, own)
         else:
@@ -144,10 +143,3 @@ def _contributes(entry: TensorEntry, group: TensorGroup, inner: Mapping[str, Any
     if isinstance(weights, Mapping) and weights.get(entry.id) == 0:
         return False
     return not torch.equal(entry.tensor, group.base.tensor)
-
-
-def _check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
-    if not torch.isfinite(tensor).all():
-        raise PaveError(
-            f"{name} of {model} holds NaN or Inf; download or save that checkpoint again."
-        )

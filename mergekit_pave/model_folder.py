@@ -54,6 +54,12 @@ def _public(content: bytes) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def refuse_used(folder: Path) -> None:
+    """Raise `PaveError` unless a model can become that folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PaveError(f"{folder} exists already; choose another folder for the model.")
+
+
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, which gets its name when the block has ended well.
@@ -63,10 +69,13 @@ def appearing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    left_over = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
     try:
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.iterdir():  # by a process that was killed
+            if left_over.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
             to_disk(file)
@@ -75,6 +84,7 @@ def appearing(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
         to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise PaveError(f"Cannot finish {folder}: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise PaveError(f"Cannot finish {folder}: {reason}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -107,6 +107,8 @@ def _guard(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def run_merge(merge_config, out_path, options, config_source=None):
+        from mergekit import merge_methods
+
         from mergekit_pave import check, record
         from mergekit_pave.locate import LoaderOptions
 
@@ -131,7 +133,8 @@ def _guard(module: ModuleType) -> None:
         if options.write_model_card:
             record.write(out_path, record.of_merge(name, statistics))
         if not options.quiet:
-            print(statistics.coverage(), file=sys.stderr)  # noqa: T201
+            treated = merge_methods.get(name).treated
+            print(statistics.coverage(treated), file=sys.stderr)  # noqa: T201
         return result
 
     module.run_merge = run_merge

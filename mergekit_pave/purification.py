@@ -16,13 +16,10 @@ from torch import Tensor
 from mergekit_pave import allocation, subspace, tails
 from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.errors import PaveError
+from mergekit_pave.numeric import wide
 from mergekit_pave.parameters import DEFAULT_DAMPENING, DEFAULT_RATIO
 from mergekit_pave.separation import separate
 from mergekit_pave.statistics import Cut, Layer
-
-
-def wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def ratio_of(values: Mapping[str, Any]) -> float | None:
@@ -145,7 +142,8 @@ def _tail(
             seed=layer.seed,
         )
 
-    if layer.identity is None:
+    # The ablations are cheap, and the address does not tell them apart.
+    if layer.identity is None or values["subspace"] != "covariance":
         return compute()
     # The weight as it is stored, so that the dtype of a merge's inputs is part of the name.
     named = participant.tensor if values["purify"] == "weight" else matrix

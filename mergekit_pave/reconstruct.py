@@ -19,7 +19,7 @@ from mergekit_pave.compressed import MODEL, Compressed
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest
 from mergekit_pave.locate import LoaderOptions, model_source
-from mergekit_pave.model_folder import appearing, companions
+from mergekit_pave.model_folder import appearing, companions, refuse_used
 
 
 def tensors(task: Compressed, base: Path) -> Iterator[tuple[str, Tensor]]:
@@ -55,8 +55,7 @@ def reconstruct(
         PaveError: no compressed model, another base, or a folder in use.
     """
     options, out = options or LoaderOptions(), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PaveError(f"{out} exists already; choose another folder for the model.")
+    refuse_used(out)
     compressed = Compressed(Path(task))
     name = base or compressed.base["hub"]
     if name is None:

@@ -12,9 +12,10 @@
      }]}
 
 `data` is that of the covariance store's manifest without its hashes, with `"generated": true`
-where the model wrote it itself (`"dataset": "self"` is no name then); `data`, `statistics` and
-`ranks` are null where they are not known. Names are public ones: the file is published with
-the model.
+where the model wrote it itself (`"dataset": "self"` is no name then, nor is `"none"`: covariances
+that were estimated from the task vector); `data`, `statistics` and `ranks` are null where they
+are not known. `purified` counts, for a method that needs covariances itself, the tensors that
+were merged by them. Names are public ones: the file is published with the model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ from mergekit_pave.check.inputs import Input, calibration_spec, configuration, i
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest
 from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
-from mergekit_pave.parameters import GENERATED
+from mergekit_pave.parameters import DATA_FREE, GENERATED
 from mergekit_pave.public import is_local, name_of
 from mergekit_pave.store import MANIFEST, CovarianceStore, write_atomically
 
@@ -42,6 +43,7 @@ NAME = "pave_report.json"
 KIND = "mergekit-pave merge report"
 FORMAT = 1
 
+_NO_DATA = {"dataset": DATA_FREE, "local": False}
 Ranks = Mapping[str, tuple[int, int]]
 
 
@@ -51,15 +53,17 @@ class Kept(Protocol):
     counts: Mapping[str, set]
     used: Mapping[Hashable, CovarianceStore]
     ranks: Mapping[Hashable, Ranks]
+    data_free: Collection[Hashable]
 
 
 def of_merge(method: str, kept: Kept) -> dict[str, Any]:
     """The record of a merge that has just ended."""
-    models = [
-        _model(model, kept.used.get(model), kept.ranks.get(model))
-        for model in sorted({*kept.used, *kept.ranks}, key=str)
-        if isinstance(model, ModelReference)
-    ]
+    models = []
+    for model in sorted({*kept.used, *kept.ranks, *kept.data_free}, key=str):
+        if isinstance(model, ModelReference):
+            models.append(_model(model, kept.used.get(model), kept.ranks.get(model)))
+            if model in kept.data_free:
+                models[-1]["data"] = dict(_NO_DATA)
     return _record(method, {what: len(names) for what, names in kept.counts.items()}, models)
 
 
@@ -156,7 +160,8 @@ def _left_store(entry: Input, options: LoaderOptions) -> CovarianceStore | None:
         if where := entry.get("covariance"):
             return fetch_store(where, options)
         # Never a download for the sake of a card.
-        if entry.get("calibration_dataset") and os.path.isdir(entry.model.model.path):
+        dataset = entry.get("calibration_dataset")
+        if dataset not in (None, DATA_FREE) and os.path.isdir(entry.model.model.path):
             return _cached(entry, digest(model_source(entry.model, options).tensors()))
     except (PaveError, OSError):
         pass
@@ -183,6 +188,8 @@ def _hashable(data: Mapping[str, Any]) -> set[tuple[str, Any]]:
 
 def _intended(entry: Input) -> dict[str, Any]:
     """The calibration data that the configuration asks for, as a manifest would put it."""
+    if entry.get("calibration_dataset") == DATA_FREE:
+        return dict(_NO_DATA)
     spec = calibration_spec(entry)
     if spec.generated:
         return {"dataset": GENERATED, "generated": True, "local": False, "seed": spec.seed,

@@ -7,6 +7,7 @@ covariance store once, under a lock, however many threads merge.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -31,10 +32,14 @@ from mergekit_pave.calibration.model import (
 from mergekit_pave.calibration.run import Resources, cached_store
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
+from mergekit_pave.numeric import wide
 from mergekit_pave.parameters import CALIBRATION, DATA_FREE
 from mergekit_pave.store import CovarianceStore, same_layer
 
 logger = logging.getLogger(__name__)
+
+# Of a layer, within a tensor's name.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Statistics:
         self._options = LoaderOptions()
         self.counts: dict[str, set[str | None]] = {"purified": set(), "plain": set()}
         self.cuts: dict[Hashable, dict[str, Cut]] = {}
+        self.data_free: set[Hashable] = set()
 
     def prepare(self, models: Sequence[Hashable]) -> None:
         """Take over mergekit's loading options, and refuse checkpoints it would cut down.
@@ -146,6 +152,7 @@ class Statistics:
             self._stores.clear()
             self._plain.clear()
             self.cuts.clear()
+            self.data_free.clear()
         for names in self.counts.values():
             names.clear()
 
@@ -166,11 +173,15 @@ class Statistics:
         with self._lock:
             self.cuts.setdefault(model, {})[name or ""] = cut
 
-    def coverage(self) -> str:
-        """The end of a merge: what was purified, and a warning where that went too far."""
+    def coverage(self, treated: str = "purified") -> str:
+        """The end of a merge: what was purified, and a warning where that went too far.
+
+        Args:
+            treated: what the method does to the weights of linear layers.
+        """
         purified, plain = len(self.counts["purified"]), len(self.counts["plain"])
         text = (
-            f"mergekit-pave: {purified} tensors purified, {plain} merged plainly (vocabulary, "
+            f"mergekit-pave: {purified} tensors {treated}, {plain} merged plainly (vocabulary, "
             "heads, norms, biases and what no model changed)."
         )
         cuts = [(c.removed, n, m) for m, named in self.cuts.items() for n, c in named.items()]
@@ -208,6 +219,7 @@ class Statistics:
         if values.get("subspace", "covariance") != "covariance":
             return self._layer_by_name(model, name, tensor)
         if values["calibration_dataset"] == DATA_FREE and not values["covariance"]:
+            self.data_free.add(model)
             layer = self._layer_by_name(model, name, tensor)
             return layer and _estimated(layer, tensor, base)
         store = self._store(model, values, tensor.device)
@@ -258,7 +270,7 @@ class Statistics:
             return open_store(source, values, self._options, device)
 
     def _layer_by_name(self, model: Hashable, name: str | None, tensor: Tensor) -> Layer | None:
-        """For the ablations without data: the layers of the model's class, by name."""
+        """Where no data tells them apart: the layers of the model's class, by name."""
         if not isinstance(model, ModelReference) or name is None:
             return Layer(name or "", False, _no_covariance)
         with self._lock:
@@ -270,9 +282,14 @@ class Statistics:
                     (key, tuple(module.weight.shape)): is_transposed(module)
                     for key, module in layers.modules.items()
                 }
-        for (key, shape), transposed in self._plain[model].items():
-            if shape == tuple(tensor.shape) and same_layer(key, name):
+        fitting = {k: t for (k, s), t in self._plain[model].items() if s == tuple(tensor.shape)}
+        for key, transposed in fitting.items():
+            if same_layer(key, name):
                 return Layer(key, transposed, _no_covariance)
+        # Slices may make more layers than the model has.
+        for key, transposed in fitting.items():
+            if same_layer(_NUMBER.sub("*", key), _NUMBER.sub("*", name)):
+                return Layer(name, transposed, _no_covariance)
         return None
 
 
@@ -285,8 +302,7 @@ def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
     """
 
     def covariance() -> Tensor:
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        delta = tensor.to(wide) - base.to(wide)
+        delta = wide(tensor) - wide(base)
         delta = delta.T if layer.transposed else delta
         return (delta.T @ delta / len(delta)).to(torch.float32)
 

@@ -89,6 +89,17 @@ class Masked:
     own: tuple[float, ...]
     unified: tuple[float, ...]
 
+    def __post_init__(self):
+        """Raise `ValueError` for what no merge has written."""
+        fits = (
+            # Nothing outside the folder is read.
+            Path(self.file).name == self.file
+            and isinstance(getattr(torch, self.dtype, None), torch.dtype)
+            and len(self.tasks) == len(self.crc32) == len(self.own) == len(self.unified)
+        )
+        if not fits:
+            raise ValueError(f"{self.dtype}, {self.file} and {self.tasks} do not fit together")
+
     @property
     def count(self) -> int:
         """Entries of the tensor."""
@@ -157,11 +168,22 @@ def beside(
 def discard(out_path: Path | str) -> None:
     """Remove the masks beside a model, the manifest first."""
     folder = Path(out_path) / FOLDER
+    if not _is_ours(folder):
+        return
     for pattern in (MANIFEST, "masks-*.safetensors", ".*.tmp"):
         for file in folder.glob(pattern):
             file.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _is_ours(folder: Path) -> bool:
+    """False for a folder of that name with another program's manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):  # none, or cut short
+        return True
+    return isinstance(manifest, dict) and manifest.get("kind") == KIND
 
 
 class Recorder:
@@ -310,7 +332,7 @@ class TaskMasks:
                 name: Masked(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
                 for name, t in manifest["tensors"].items()
             }
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"{MANIFEST}: {error!r}") from error
 
     def _damaged(self, what: str) -> PaveError:

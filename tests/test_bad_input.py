@@ -432,7 +432,7 @@ def test_cache_that_cannot_be_written(good, tmp_path, monkeypatch):
         def __init__(self, path):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("mergekit_pave.calibration.run.FileLock", Denied)
+    monkeypatch.setattr("mergekit_pave.calibration.folders.FileLock", Denied)
     text = refused(good, tmp_path / "out")
     assert "Permission denied" in text and "MERGEKIT_PAVE_CACHE" in text
 

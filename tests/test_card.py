@@ -189,7 +189,8 @@ def kept(tmp_path, **ranks) -> SimpleNamespace:
         ModelReference.model_validate(name.replace("__", "/")): r for name, r in ranks.items()}
     stores = {model: make_store(tmp_path / str(i), rows=32) for i, model in enumerate(models)}
     return SimpleNamespace(
-        counts={"purified": {"a", "b"}, "plain": {"c"}}, used=stores, ranks=models)
+        counts={"purified": {"a", "b"}, "plain": {"c"}}, used=stores, ranks=models,
+        data_free=frozenset())
 
 
 def test_record_of_a_merge(tmp_path):
@@ -296,3 +297,34 @@ def test_scrub_leaves_the_rest(text):
 def test_path_that_cannot_be_cut_out_is_refused():
     with pytest.raises(PaveError, match="could not be taken out"):
         public.scrub_configuration('base_model: "/srv/my\n  models/a b/base"\n')
+
+
+@pytest.mark.parametrize(("parameters", "words"), [
+    ("{}", ["from its weight.", "(`rank_ratio`): 0.98;"]),
+    ("{purify: delta}", ["from its difference from the base", "(`rank_ratio`): 0.25;"]),
+    ("{purify: delta, rank_ratio: 0.5}", ["(`rank_ratio`): 0.5;"]),
+    ("{purify: separate}", ["rather than the others'", "(`separation`): 1 / (models - 1);"]),
+    ("{purify: separate, separation: 2}", ["(`separation`): 2;"]),
+    ("{purify: [{filter: mlp, value: delta}, {value: weight}]}", ["as the configuration says"]),
+])
+def test_the_card_says_what_was_purified(tmp_path, parameters, words):
+    source = HUB.replace("{rank_ratio: 0.98}", parameters)
+    out = make_output(tmp_path / "out", source)
+    record.write(out, record.of_merge("pave_ties", kept(tmp_path, x={"a": (9, 1)})))
+    text = write_card(out)
+    assert all(word in text for word in words)
+    assert "None" not in text
+
+
+def test_covariances_without_data_are_called_so(tmp_path):
+    source = HUB.replace("code.jsonl", "none")
+    out = make_output(tmp_path / "out", source)
+    last = ModelReference.model_validate("RedHatAI/Llama-2-7b-evolcodealpaca")
+    state = SimpleNamespace(counts={"purified": {"a"}, "plain": set()}, used={}, ranks={},
+                            data_free={last})
+    record.write(out, record.of_merge("pave_ties", state))
+    said = "none (covariances estimated from the task vector)"
+    assert f"| {last} | {said} | - | - | - |" in write_card(out)
+    assert "none" not in metadata_load(out / "README.md").get("datasets", [])
+    (out / "pave_report.json").unlink()
+    assert said in write_card(out)

@@ -569,3 +569,37 @@ def test_preflight_says_how_many_more(good):
     bad = change(change(good, f"{SHARED}.rank_ratio", 7), f"{MODEL}.wieght", 1)
     with pytest.raises(PaveError, match=r"\(1 more: run `mergekit-pave check`\)"):
         preflight(MergeConfiguration.model_validate(bad), yaml.safe_dump(bad), OPTIONS)
+
+
+def own(good: dict, method: str, *data: str, **shared) -> dict:
+    """A merge by a method of ours that is no twin."""
+    models = [{"model": model["model"]} for model in good["models"]]
+    for model, dataset in zip(models, data, strict=False):
+        model["parameters"] = {"calibration_dataset": dataset}
+    return {"merge_method": method, "base_model": good["base_model"], "models": models,
+            "parameters": shared}
+
+
+def test_a_word_is_no_gradient(good):
+    (found,) = errors(own(good, "emr", rescaler=["global", "tensor_mean"]))
+    assert "parameters.rescaler: must be a single value" in found
+
+
+@pytest.mark.parametrize("value", [
+    [0.5, 1.0], [{"filter": "mlp", "value": [0.5, 1.0]}, {"value": 1.0}]])
+@pytest.mark.parametrize("name", ["weight", "lambda"])
+@pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean"])
+def test_our_own_methods_take_gradients_and_filters(good, method, name, value):
+    data = () if method == "tsv_m" else ("none", "none")
+    assert errors(own(good, method, *data, **{name: value})) == []
+
+
+@pytest.mark.parametrize(("method", "shared", "clash"), [
+    ("regmean", {}, True), ("pave_tsv_regmean", {}, True),
+    ("pave_task_arithmetic", {"purify": "separate", "weight": 1}, True),
+    ("pave_task_arithmetic", {"purify": "delta", "weight": 1}, False),
+])
+def test_data_for_some_models_only(good, texts, method, shared, clash):
+    found = errors(own(good, method, "none", str(texts[0]), **shared))
+    assert ["no common scale" in message for message in found] == [True] * clash
+    assert errors(own(good, method, "none", "none", **shared)) == []

@@ -400,7 +400,8 @@ def test_reconstruction_needs_the_very_base(families, tmp_path):
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "kind", "format"])
+@pytest.mark.parametrize("damage", [
+    "cut", "gone", "manifest", "kind", "format", "how", "dtype", "file", "outside"])
 def test_damage_is_named(families, tmp_path, damage):
     paths = families("llama")
     compress(raw(paths), tmp_path / "c")
@@ -413,6 +414,12 @@ def test_damage_is_named(families, tmp_path, damage):
         file.unlink()
     elif damage == "manifest":
         manifest.write_text('{"kind": "mergekit-pave compressed model", "format": 1}')
+    elif damage in ("how", "dtype", "file", "outside"):
+        content = json.loads(manifest.read_text())
+        kept = next(t for t in content["tensors"].values() if t["how"] == "factors")
+        key = damage if damage in kept else "file"
+        kept[key] = {"file": None, "outside": f"../expert1/{kept['file']}"}.get(damage, "x")
+        manifest.write_text(json.dumps(content))
     elif damage == "kind":
         manifest.write_text("[]")
         words = "something else than a compressed model"

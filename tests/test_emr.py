@@ -540,6 +540,27 @@ def test_another_merge_replaces_the_masks(trio, tmp_path):
     assert not (tmp_path / "out" / "emr").exists()
 
 
+def test_another_programs_folder_is_left_alone(trio, tmp_path):
+    paths = trio("llama")
+    theirs = tmp_path / "out" / "emr" / "manifest.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"kind": "records"}')
+    average = {"merge_method": "linear", "dtype": "float32", "models": [
+        {"model": str(paths[name]), "parameters": {"weight": 1}}
+        for name in ("expert0", "expert1")]}
+    merge(average, tmp_path / "out")
+    assert theirs.read_text() == '{"kind": "records"}'
+
+
+def test_materialising_leaves_a_sibling_alone(merged, tmp_path):
+    """`task.2` is being written while `task` appears; what a killed process left goes."""
+    busy, left = tmp_path / ".task.2.77.tmp", tmp_path / ".task.77.tmp"
+    busy.mkdir()
+    left.mkdir()
+    materialize(merged, 0, tmp_path / "task")
+    assert busy.is_dir() and not left.exists()
+
+
 def test_materialising_is_all_or_nothing(merged, tmp_path, monkeypatch):
     for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
         def failing(self, error=error):
@@ -598,6 +619,14 @@ def test_damaged_files(copy, merged):
     text = (copy / MANIFEST).read_text()
     for bad in (text[:-9], "[]", "{}", text.replace('"shape"', '"form"')):
         (copy / MANIFEST).write_text(bad)
+        refused("damaged", task_tensors, copy, 0)
+    for new in ('"../emr/masks-', '"other/masks-'):
+        (copy / MANIFEST).write_text(text.replace('"masks-', new))
+        refused("damaged", task_tensors, copy, 0)
+    for key, value in (("dtype", "load"), ("own", [1.0])):
+        manifest = json.loads(text)
+        next(iter(manifest["tensors"].values()))[key] = value
+        (copy / MANIFEST).write_text(json.dumps(manifest))
         refused("damaged", task_tensors, copy, 0)
     (copy / MANIFEST).write_text(text.replace('"format": 1', '"format": 2'))
     refused("not from this version", task_tensors, copy, 0)

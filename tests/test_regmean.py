@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from conftest import make_family, write_images
 from mergekit.merge_methods import merge_tensors
+from safetensors.torch import save_file
 from test_calibration import reference, spec_of
 from test_merge import config_of, merge, papers_formula, tensors_of
 
@@ -218,3 +221,98 @@ def test_half_of_it_and_half_of_tsv_merge(families, texts, tmp_path):
                                   atol=1e-5)
         else:
             assert torch.equal(half, tsv_)
+
+
+@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean"])
+@pytest.mark.parametrize("averaging", [0.0, 0.5, 1.0])
+def test_what_nobody_changed_stays_without_data(tmp_path, method, averaging):
+    """Its covariance, estimated from nothing, is empty."""
+    paths = make_family(tmp_path, "llama")
+    base = tensors_of(paths["base"])
+    frozen, half = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    for expert, names in (("expert0", (frozen, half)), ("expert1", (frozen,))):
+        state = tensors_of(paths[expert]) | {name: base[name].clone() for name in names}
+        save_file(state, paths[expert] / "model.safetensors", metadata={"format": "pt"})
+    config = _config(paths, method, ["none", "none"], averaging=averaging)
+    merged = merge(config, tmp_path / "out")
+    assert torch.equal(merged[frozen], base[frozen])
+    assert merged[half].isfinite().all() and not torch.equal(merged[half], base[half])
+
+
+def test_the_ablations_rank_by_something_else_and_solve_alike(families, texts, tmp_path):
+    """`subspace` is for purification; the solution needs the covariances whatever it says."""
+    paths = families("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = {
+        subspace: merge(_config(paths, "pave_regmean", texts, rank_ratio=0.8, subspace=subspace,
+                                rank_allocation="uniform"), tmp_path / subspace)[name]
+        for subspace in ("covariance", "svd")
+    }
+    covariances = [reference(paths[f"expert{i}"], "llama", spec_of(texts[i]))[name]
+                   for i in range(2)]
+    weights = []
+    for i in range(2):
+        u, s, v = torch.linalg.svd(tensors_of(paths[f"expert{i}"])[name].double(), False)
+        weights.append((u[:, :26] * s[:26]) @ v[:26])  # 0.8 of 32
+    expected = closed_form(weights, covariances, 0.9)
+    base = tensors_of(paths["base"])[name]
+    assert (found["svd"] - expected).norm() < 1e-4 * (expected - base).norm()
+    assert not torch.allclose(found["svd"], found["covariance"], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["regmean", "tsv_regmean"])
+def test_mergekits_loading_options_are_taken_over(families, texts, tmp_path, method):
+    paths = families("llama")
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths["base"])
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    config = _config({**paths, "expert0": f"{paths['base']}+{tmp_path / 'adapter'}"}, method, texts)
+    merged = merge(config, tmp_path / "out", lora_merge_cache=str(tmp_path / "loras"))
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+
+
+def test_names_of_an_older_transformers_are_refused(tmp_path):
+    paths = make_family(tmp_path, "vit", save_original_format=True)
+    data = write_images(tmp_path / "images")
+    with pytest.raises(PaveError, match="leave 12 weights of .* out"):
+        merge(_config(paths, "regmean", [data, data]), tmp_path / "out")
+
+
+def test_a_model_of_weight_zero_does_not_count(texts, tmp_path):
+    """`averaging` of `tsv_regmean`, when not given, is one over the number of other models."""
+    paths = make_family(tmp_path, "llama", experts=3)
+    given = _config(paths, "tsv_regmean", texts, balance=0.0, averaging=1.0)
+    absent = {"model": str(paths["expert2"]),
+              "parameters": {"weight": 0.0, "calibration_dataset": str(texts[0])}}
+    config = _config(paths, "tsv_regmean", texts, balance=0.0)
+    config["models"].append(absent)
+    found, expected = merge(config, tmp_path / "a"), merge(given, tmp_path / "b")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.allclose(found[name], expected[name], atol=1e-6)
+
+
+def test_the_end_of_a_merge_says_what_was_done(families, tmp_path, capsys):
+    merge(_config(families("llama"), "regmean", ["none", "none"]), tmp_path / "out", quiet=False)
+    assert "14 tensors merged by their covariances, 7 merged plainly" in capsys.readouterr().err
+
+
+def test_numbers_that_are_none_are_named():
+    base, expert = torch.randn(2, 4, 8)
+    expert[1, 1] = torch.nan
+    with pytest.raises(PaveError, match="holds NaN or Inf"):
+        merge_tensors([base, expert], method="regmean", base_index=0,
+                      parameters={"calibration_dataset": "none"})
+
+
+def test_more_layers_than_the_model_has(families, tmp_path):
+    """Without data a layer is known by its name alone, and slices may number it anew."""
+    paths = families("llama")
+    config = _config(paths, "pave_task_arithmetic", ["none", "none"], weight=0.5, rank_ratio=0.8)
+    models = config.pop("models")
+    parts = [{"model": str(paths["base"])}, *models]
+    config["slices"] = [
+        {"sources": [{**part, "layer_range": [0, 2]} for part in parts]} for _ in range(2)]
+    merged = merge(config, tmp_path / "out")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.allclose(merged[name.format(3)], merged[name.format(1)])

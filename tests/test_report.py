@@ -271,6 +271,15 @@ def test_only_the_papers_form_is_shown(families, texts, tmp_path):
         opened(families("llama"), texts, tmp_path, purify="delta", rank_ratio=0.25)
 
 
+def test_a_method_that_purifies_nothing_has_nothing_to_show(families, texts, tmp_path):
+    config = tmp_path / "merge.yml"
+    raw = recipe(families("llama"), texts, "regmean")
+    del raw["parameters"]["rank_ratio"]
+    config.write_text(yaml.safe_dump(raw))
+    with pytest.raises(PaveError, match="regmean purifies nothing; .* pave_regmean would do"):
+        gather.open_merge(config, LoaderOptions(), CPU)
+
+
 def test_layers_are_sampled_evenly(made):
     merge, _ = made("llama")
     assert sample.spread(range(80), 5) == [0, 20, 40, 59, 79]

@@ -269,7 +269,7 @@ def test_inputs_stay_as_they_are():
 def test_unusable_numbers_are_named():
     base, models, _ = family(12, 8)
     models[1][3, 3] = torch.nan
-    with pytest.raises(PaveError, match="layer.weight of 2 or of its base holds NaN or Inf"):
+    with pytest.raises(PaveError, match="layer.weight of 2 holds NaN or Inf"):
         ours(base, models, name="layer.weight")
 
 

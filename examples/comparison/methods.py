@@ -131,7 +131,7 @@ METHODS: tuple[Method, ...] = (
       for name, (grid, own) in _PLAIN.items()),
     Method("regmean (averaging)", "regmean", "plain", SOLVED, (0.2, 0.1, 0.5), "averaging",
            twin="regmean"),
-    Method("regmean (averaging, flattened)", "regmean", "plain", FLATTENED, (0.2, 0.1, 0.5),
+    Method("regmean (flattened)", "regmean", "plain", FLATTENED, (0.2, 0.1, 0.5),
            "averaging", {"flattening": 0.5}, twin="regmean"),
     Method("tsv_regmean", "tsv_regmean", "plain", SOLVED, (0.5, 0.3, 0.7), "balance",
            twin="tsv_m"),

@@ -60,9 +60,14 @@ class Input:
         return values if any(need is None for need, _ in found) else values | {parameter.default}
 
     @property
+    def solved(self) -> bool:
+        """Whether the merge itself is made by the covariances, purified or not."""
+        return isinstance(getattr(self.method, "inner", self.method), CovarianceMethod)
+
+    @property
     def looked_at(self) -> bool:
         """Whether any tensor needs this model's covariances."""
-        if isinstance(getattr(self.method, "inner", self.method), CovarianceMethod):
+        if self.solved:
             return True
         if not isinstance(self.method, PaveMerge):
             return False
@@ -161,7 +166,9 @@ def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator
     method = merge_methods.get(config.merge_method)
     for where, base, members in _groups(config):
         yield from _check_group(where, base, [model for _, model, _ in members], method)
-    for entry in inputs(config):
+    entries = inputs(config)
+    yield from _check_scales(entries)
+    for entry in entries:
         yield from _check_damping(entry)
         if isinstance(method, PaveMerge):
             yield from _check_purify(entry)
@@ -223,6 +230,22 @@ def _check_damping(entry: Input) -> Iterator[Finding]:
         yield error(
             "parameters", "dampening_frac and regularization exclude each other: keep one of them."
         )
+
+
+def _check_scales(entries: Iterable[Input]) -> Iterator[Finding]:
+    """Covariances that are added up have to be of one kind: of inputs, or of task vectors."""
+    compared = [
+        entry for entry in entries
+        if entry.looked_at and (entry.solved or "separate" in entry.can_be("purify"))
+    ]
+    for entry in compared:
+        if not entry.calibrated and any(other.calibrated for other in compared):
+            yield error(
+                entry.where, f"calibration_dataset: {DATA_FREE} for {entry.model} and data for "
+                "another model: their covariances have no common scale, and are compared here; "
+                f"use {DATA_FREE} for all models or for none."
+            )
+            return
 
 
 def _check_purify(entry: Input) -> Iterator[Finding]:

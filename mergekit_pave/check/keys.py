@@ -206,7 +206,7 @@ def _check_parameters(
 
 
 def _check_value(spec: ParameterSpec, value: Any, where: str) -> Iterator[Finding]:
-    ours = PARAMETERS.get(spec.name)
+    ours = getattr(spec, "parameter", None)
     if isinstance(value, list) and ours and not ours.gradient:
         if ours.per_model or not all(isinstance(v, dict) for v in value):
             mend = (
@@ -239,8 +239,7 @@ def _check_condition(
     spec: ParameterSpec, condition: Mapping[str, Any], where: str
 ) -> Iterator[Finding]:
     """`{filter: PART_OF_A_NAME, value: ...}`, mergekit's value for some tensors only."""
-    ours = PARAMETERS.get(spec.name)
-    if ours and ours.per_model:
+    if spec.name in PARAMETERS and PARAMETERS[spec.name].per_model:
         yield error(
             where, "must be a single value, not a mapping: a model is calibrated once, on data "
             "that the keys calibration_dataset, calibration_config, ... name side by side."

@@ -13,14 +13,15 @@ What both get right adds up; where either goes wrong, it does so at half its siz
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 from torch import Tensor
 
 from mergekit_pave.merging import regmean, tsv
 from mergekit_pave.merging.covariances import CovarianceMethod
+from mergekit_pave.numeric import wide
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
 from mergekit_pave.spec import spec_of
 from mergekit_pave.statistics import Layer
@@ -28,7 +29,7 @@ from mergekit_pave.statistics import Layer
 _OFF_DIAGONAL = next(p for p in regmean.PARAMETERS if p.name == "reduce_non_diagonal_ratio")
 _MEAN = next(p for p in tsv.PARAMETERS if p.name == "lambda_other")
 PARAMETERS = (
-    Parameter("weight", float, 1.0, True, "of this model, in both methods",
+    Parameter("weight", float, 1.0, True, "of this model, in both methods", gradient=True,
               accepts=((lambda value: value >= 0), "0 or more")),
     Parameter("balance", float, 0.5, False, "share of TSV-Merge; the rest is RegMean's",
               gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
@@ -62,7 +63,8 @@ class TsvRegMean(CovarianceMethod):
             return tsv.TaskSingularVectors().merge_group(group, **of_tsv)
         averaging = parameters["averaging"]
         if averaging is None:
-            averaging = 1 / max(len(group.non_base) - 1, 1)
+            present = sum(weight != 0 for weight in parameters["weight"].values())
+            averaging = 1 / max(present - 1, 1)
         of_regmean = {
             "weight": parameters["weight"],
             "averaging": averaging,
@@ -72,20 +74,17 @@ class TsvRegMean(CovarianceMethod):
         }
         share, scale = parameters["balance"], parameters["lambda"]
         # In float32 or better throughout: a difference of casts would be mostly rounding.
-        wide = group.base.tensor.to(torch.promote_types(group.base.tensor.dtype, torch.float32))
-        group_wide = TensorGroup(
-            tuple(
-                type(entry)(entry.id, entry.tensor.to(wide), entry.is_base)
-                for entry in group.entries
-            ),
-            group.metadata,
+        widened = replace(
+            group, entries=tuple(replace(e, tensor=wide(e.tensor)) for e in group.entries)
         )
-        merged = wide.clone()
+        base = widened.base.tensor
+        merged = base.clone()
         if share > 0:
-            one = tsv.TaskSingularVectors().merge_group(group_wide, **{**of_tsv, "lambda": 1.0})
-            merged.add_(one - wide, alpha=scale * share)
+            one = tsv.TaskSingularVectors().merge_group(widened, **{**of_tsv, "lambda": 1.0})
+            merged.add_(one - base, alpha=scale * share)
         if share < 1:
             other = regmean.RegMean(self.statistics).merge_layers(
-                group_wide, layers, **of_regmean)
-            merged.add_(other - wide, alpha=scale * (1 - share))
+                widened, layers, **of_regmean
+            )
+            merged.add_(other - base, alpha=scale * (1 - share))
         return merged.to(group.base.tensor.dtype)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from mergekit.merge_methods import GroupMergeMethod, PerInputValues, TensorEntry, TensorGroup
 from torch import Tensor
 
-from mergekit_pave.parameters import CALIBRATION, COVARIANCE
 from mergekit_pave.statistics import Layer, Statistics
 
-DATA = tuple(parameter.name for parameter in (*CALIBRATION, COVARIANCE))
+# What mergekit's planner calls a run of layers, before it comes to single tensors.
+_WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
+
+
+def prepare(statistics: Statistics, models: Sequence[Hashable], group_name: str | None) -> None:
+    """What a method that looks at covariances does when mergekit plans a merge."""
+    if group_name and _WHOLE_SLICE.search(group_name):
+        statistics.prepare(models)
 
 
 def is_matrix(group: TensorGroup) -> bool:
@@ -49,6 +56,10 @@ class CovarianceMethod(GroupMergeMethod):
 
     def __init__(self, statistics: Statistics):
         self.statistics = statistics
+
+    def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        prepare(self.statistics, input_ids, group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         layers: dict[Hashable, Layer] = {}

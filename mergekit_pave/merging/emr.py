@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mergekit_pave import task_masks
 from mergekit_pave.errors import PaveError
+from mergekit_pave.numeric import wide
 from mergekit_pave.parameters import Parameter
 from mergekit_pave.spec import spec_of
 from mergekit_pave.task_masks import RESCALERS, Trace
@@ -85,15 +86,11 @@ def task_weight(base: Tensor, merged: Tensor, mask: Tensor, scale: float) -> Ten
     Written from the merged side, so that with a factor of 1 nothing is rounded.
     """
     unified = _task_vector(base, merged)
-    return torch.where(mask, _wide(merged) + (scale - 1) * unified, _wide(base))
+    return torch.where(mask, wide(merged) + (scale - 1) * unified, wide(base))
 
 
 def _task_vector(base: Tensor, model: Tensor) -> Tensor:
-    return _wide(model) - _wide(base)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return wide(model) - wide(base)
 
 
 # --- the method ----------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import CovarianceMethod
+from mergekit_pave.numeric import check_finite, double, wide
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
 from mergekit_pave.separation import separate
 from mergekit_pave.spec import spec_of
@@ -43,7 +44,7 @@ _FLOOR = 1e-9
 _NULL = 1e-10
 
 PARAMETERS = (
-    Parameter("weight", float, 1.0, True, "weight of this model's squared error",
+    Parameter("weight", float, 1.0, True, "weight of this model's squared error", gradient=True,
               accepts=((lambda value: value >= 0), "0 or more")),
     Parameter("lambda", float, 1.0, False,
               "scales the merged task vectors of the weights that are solved for", gradient=True),
@@ -82,10 +83,10 @@ def regmean(
     """
 
     def moment(model: int) -> Tensor:
-        c = covariances[model]()
-        scaled = c.to(torch.float64) * (weights[model] * off_diagonal)
-        scaled.diagonal().copy_(c.diagonal().to(torch.float64) * weights[model])
-        return scaled
+        c = double(covariances[model]()) * weights[model]
+        diagonal = c.diagonal().clone()
+        c.mul_(off_diagonal).diagonal().copy_(diagonal)
+        return c
 
     if averaging == 1:
         total, moved = None, None
@@ -99,7 +100,8 @@ def regmean(
         total = moment(model) if total is None else total.add_(moment(model))
     merged = None
     for model, delta in enumerate(deltas):
-        if weights[model] == 0:
+        # Without data an unchanged weight has an empty covariance.
+        if weights[model] == 0 or not delta.any():
             continue
         c = moment(model)
         part = separate(delta, c, _floored(torch.lerp(c, total, averaging)))
@@ -147,9 +149,13 @@ class RegMean(CovarianceMethod):
         weights = [parameters["weight"][entry.id] for entry in models]
         if not sum(weights) > 0:
             raise PaveError(f"regmean: every weight of {group.metadata.name} is 0; raise one.")
-        wide = torch.promote_types(base.dtype, torch.float32)
-        deltas = (entry.tensor.to(wide) - base.to(wide) for entry in models)
+        counting = [entry for entry, w in zip(models, weights, strict=True) if w]
+        if all(torch.equal(entry.tensor, base) for entry in counting):
+            return base  # its covariances would be empty without data
+        deltas = (wide(entry.tensor) - wide(base) for entry in models)
         if len(layers) == len(models):
+            for entry in group.entries:
+                check_finite(entry.tensor, entry.id, group.metadata.name)
             transposed = layers[models[0].id].transposed
             covariances = [_reader(layers[e.id], base.device) for e in models]
             oriented = (d.mT if transposed else d for d in deltas)
@@ -170,7 +176,7 @@ class RegMean(CovarianceMethod):
         else:
             total = sum(d * w for d, w in zip(deltas, weights, strict=True))
             delta = parameters["lambda_other"] * total / sum(weights)
-        return (base.to(wide) + delta.to(wide)).to(base.dtype)
+        return (wide(base) + delta.to(wide(base))).to(base.dtype)
 
 
 def _reader(layer: Layer, device: torch.device) -> Callable[[], Tensor]:

@@ -36,8 +36,8 @@ from mergekit.merge_methods import (
 )
 from torch import Tensor
 
-from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import is_matrix
+from mergekit_pave.numeric import check_finite, double, wide
 from mergekit_pave.parameters import Parameter
 from mergekit_pave.spec import spec_of
 
@@ -85,7 +85,7 @@ def factors(delta: Tensor, count: int) -> Factors:
 
     Triples below `ROUNDING` are left out; a delta of zeros has none.
     """
-    d = wide(delta)
+    d = double(delta)
     if d.shape[0] < d.shape[1]:
         flipped = factors(d.mT, count)
         return Factors(flipped.v, flipped.s, flipped.u)
@@ -94,13 +94,6 @@ def factors(delta: Tensor, count: int) -> Factors:
     s = s[s > ROUNDING * s[:1]]
     v = v.flip(1)[:, : len(s)].contiguous()
     return Factors(d @ v / s, s, v)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    if tensor.device.type == "mps":
-        tensor = tensor.cpu()
-    return tensor.to(torch.float64)
 
 
 def polar(x: Tensor) -> Tensor:
@@ -158,7 +151,8 @@ RANK_FRACTION = Parameter(
     "changed it when not given",
     gradient=True, accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1"))
 PARAMETERS = (
-    Parameter("weight", float, 1.0, True, "scales the model's delta before its decomposition"),
+    Parameter("weight", float, 1.0, True, "scales the model's delta before its decomposition",
+              gradient=True),
     RANK_FRACTION,
     Parameter("lambda", float, 1.0, False, "scales the merged deltas of matrices", gradient=True),
     Parameter("lambda_other", float, 1.0, False,
@@ -210,22 +204,18 @@ def _matrix(
     ]
     if not changed:
         return base
-    origin, count = wide(base), kept_rank(base.shape, len(changed), fraction)
-    parts = []
-    for entry in changed:
-        delta = (wide(entry.tensor) - origin) * weights[entry.id]
-        if not torch.isfinite(delta).all():
-            raise PaveError(
-                f"{group.metadata.name} of {entry.id} or of its base holds NaN or Inf; download "
-                "or save that checkpoint again."
-            )
-        parts.append(factors(delta, count))
+    for entry in (group.base, *changed):
+        check_finite(entry.tensor, entry.id, group.metadata.name)
+    origin, count = double(base), kept_rank(base.shape, len(changed), fraction)
+    parts = [
+        factors((double(entry.tensor) - origin) * weights[entry.id], count) for entry in changed
+    ]
     return torch.add(origin, merged_delta(parts), alpha=scale).to(base)
 
 
 def _mean(group: TensorGroup, weights: Mapping[Any, float], scale: float) -> Tensor:
     base = group.base.tensor
-    origin = base.to(torch.promote_types(base.dtype, torch.float32))
+    origin = wide(base)
     total = torch.zeros_like(origin)
     for entry in group.non_base:
         if entry.id in weights:

@@ -27,6 +27,7 @@ from mergekit_pave.check.inputs import Input, configuration, inputs
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint
 from mergekit_pave.locate import LoaderOptions, model_source
+from mergekit_pave.method import PREFIX, PaveMerge
 from mergekit_pave.parameters import (
     CALIBRATION,
     COVARIANCE,
@@ -174,6 +175,12 @@ def open_merge(
     for warning in preflight(config, text, options, Allowances(allow_crimes)):
         logger.warning("%s", warning)
     entries = _one_base(inputs(config))
+    if not isinstance(entries[0].method, PaveMerge):
+        raise PaveError(
+            f"merge_method: {config.merge_method} purifies nothing; this looks at what "
+            f"{PREFIX + config.merge_method} would do: name that one in a copy of the "
+            "configuration, with its calibration data."
+        )
     if entries[0].can_be("purify") != {"weight"}:
         raise PaveError(
             "This looks at what `purify: weight` would do: take `purify` (and `separation`, and a "
