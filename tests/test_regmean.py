@@ -204,10 +204,10 @@ def test_half_of_it_and_half_of_tsv_merge(families, texts, tmp_path):
             ("half", "tsv_regmean", {"averaging": 0.5}),
             ("scaled", "tsv_regmean", {"averaging": 0.5, "lambda": 2.0}),
             ("all", "tsv_regmean", {"balance": 1.0}),
-            ("none", "tsv_regmean", {"balance": 0.0, "averaging": 1.0}),
+            ("none", "tsv_regmean", {"balance": 0.0, "averaging": 1.0, "flattening": 0.0}),
             ("tsv", "tsv_m", {}),
             ("regmean", "regmean", {}),
-            ("half regmean", "regmean", {"averaging": 0.5}),
+            ("half regmean", "regmean", {"averaging": 0.5, "flattening": 0.5}),
         )
     }
     base = tensors_of(paths["base"])

@@ -133,8 +133,8 @@ METHODS: tuple[Method, ...] = (
            twin="regmean"),
     Method("regmean (flattened)", "regmean", "plain", FLATTENED, (0.2, 0.1, 0.5),
            "averaging", {"flattening": 0.5}, twin="regmean"),
-    Method("tsv_regmean", "tsv_regmean", "plain", SOLVED, (0.5, 0.3, 0.7), "balance",
-           twin="tsv_m"),
+    Method("tsv_regmean", "tsv_regmean", "plain", FLATTENED, (0.5, 0.3, 0.7), "balance",
+           {"flattening": 0.5}, twin="tsv_m"),
     *(
         _purified(name, purify, SHRUNK if (name, purify) == ("tsv_m", "separate") else
                   _PLAIN[name][0], _PLAIN[name][1])

@@ -1,4 +1,4 @@
-"""The mean of TSV-Merge and of a RegMean that adds up more of the task vectors.
+"""The mean of TSV-Merge and of a RegMean that adds up more of the task vectors, evened out.
 
 Both keep tasks out of each other's way, by different means: `tsv` makes their singular vectors
 orthogonal, knowing nothing of the data; `regmean` with `averaging` below 1 weighs input directions
@@ -6,8 +6,6 @@ by whose data has them, knowing nothing of the task vectors' structure. For a li
 merged task vectors `D_tsv` and `D_reg` (out, in) of the two,
 
     W = W_0 + lambda (b D_tsv + (1 - b) D_reg).
-
-What both get right adds up; where either goes wrong, it does so at half its size.
 """
 
 from __future__ import annotations
@@ -27,6 +25,8 @@ from mergekit_pave.spec import spec_of
 from mergekit_pave.statistics import Layer
 
 _OFF_DIAGONAL = next(p for p in regmean.PARAMETERS if p.name == "reduce_non_diagonal_ratio")
+_FLATTENING = replace(
+    next(p for p in regmean.PARAMETERS if p.name == "flattening"), default=0.5)
 _MEAN = next(p for p in tsv.PARAMETERS if p.name == "lambda_other")
 PARAMETERS = (
     Parameter("weight", float, 1.0, True, "of this model, in both methods", gradient=True,
@@ -36,6 +36,7 @@ PARAMETERS = (
     Parameter("averaging", float, None, False,
               "RegMean's: how much each other model's inputs count; 1 / (models - 1) when not "
               "given", gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
+    _FLATTENING,
     _OFF_DIAGONAL,
     tsv.RANK_FRACTION,
     Parameter("lambda", float, 1.0, False, "scales the merged task vectors of linear weights",
@@ -68,7 +69,7 @@ class TsvRegMean(CovarianceMethod):
         of_regmean = {
             "weight": parameters["weight"],
             "averaging": averaging,
-            "flattening": 0.0,
+            "flattening": parameters["flattening"],
             _OFF_DIAGONAL.name: parameters[_OFF_DIAGONAL.name],
             "lambda": 1.0,
         }
