@@ -17,8 +17,10 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import yaml
 from methods import Method, Place, text
 
 Rows = list[np.ndarray]  # per task
@@ -134,6 +136,17 @@ class Bench:
                         digest.update(block)
         return digest.hexdigest()
 
+    def suggested(self, source: str, seed: int) -> dict[str, Any]:
+        """The parameters that `mergekit-pave suggest` prints for a merge, asked once."""
+        file = self.out / "suggested" / f"{self._file(source, seed, '').stem}.yml"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            config = file.with_suffix(".merge")
+            config.write_text(source)
+            file.write_text(pave("suggest", config))
+            config.unlink()
+        return yaml.safe_load(file.read_text())["parameters"]
+
     # --- merges ----------------------------------------------------------------------------
 
     @contextmanager
@@ -191,9 +204,10 @@ def merge(config: Path, folder: Path, seed: int) -> None:
     main([str(config), str(folder), *options], standalone_mode=False)
 
 
-def pave(*arguments: str | Path) -> None:
-    """What `mergekit-pave ARGUMENTS` does, in this process."""
+def pave(*arguments: str | Path) -> str:
+    """What `mergekit-pave ARGUMENTS` does, in this process; what it prints."""
     from mergekit_pave.cli import main
 
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()) as printed:
         main(list(map(str, arguments)), standalone_mode=False)
+    return printed.getvalue()

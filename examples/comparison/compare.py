@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from bench import Bench, Rows
@@ -88,8 +88,9 @@ def compare(
         result.tested[method.name] = tested
     for ablation in ablations:
         if ablation.parent in result.tested:
-            rows = _ablated(bench, result.tested[ablation.parent], ablation, seeds[0])
-            result.ablated.append((ablation, rows))
+            result.ablated.append(
+                _ablated(bench, result.tested[ablation.parent], ablation, seeds[0])
+            )
     return result
 
 
@@ -111,11 +112,18 @@ def mean_strength(bench: Bench, rows: Rows, references: Mapping[str, Rows]) -> f
     return float(bench.setting.strength(*means).mean())
 
 
-def _ablated(bench: Bench, parent: Tested, ablation: Ablation, seed: int) -> Rows:
+def _ablated(
+    bench: Bench, parent: Tested, ablation: Ablation, seed: int
+) -> tuple[Ablation, Rows]:
+    """The ablation with all its parameters, and its scores."""
     method, tuned = parent.method, parent.tuned
-    config = configuration(method, bench.place(seed), tuned.strength, tuned.ratio, ablation)
+    place = bench.place(seed)
+    if ablation.suggested:
+        before = text(method, configuration(method, place, tuned.strength, tuned.ratio))
+        ablation = replace(ablation, parameters=bench.suggested(before, seed))
+    config = configuration(method, place, tuned.strength, tuned.ratio, ablation)
     bench.keep_yaml(ablation.name, seed, text(method, config))
-    return bench.scores(method, ablation.name, config, seed, ("test",))["test"]
+    return ablation, bench.scores(method, ablation.name, config, seed, ("test",))["test"]
 
 
 def _exact_references(bench: Bench, seeds: tuple[int, ...], result: Comparison) -> None:

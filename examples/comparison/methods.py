@@ -71,6 +71,7 @@ class Ablation:
         parameters: replaced in the merge.
         samples: rows of calibration instead of the setting's.
         calibration: `own`, the `next` task's rows, or `none` at all.
+        suggested: the parameters are those that `mergekit-pave suggest` prints for the merge.
     """
 
     parent: str
@@ -79,6 +80,7 @@ class Ablation:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     samples: int | None = None
     calibration: str = "own"
+    suggested: bool = False
 
     @property
     def name(self) -> str:
@@ -183,6 +185,8 @@ def ablations(samples: tuple[int, ...], quick: bool) -> tuple[Ablation, ...]:
             Ablation(parent, "calibration", "of the next task", calibration="next"),
             Ablation(parent, "calibration", "without data", calibration="none"),
         ]
+    result.append(Ablation("pave_task_arithmetic (weight)", "parameters", "of suggest",
+                           suggested=True))
     return tuple(result)
 
 

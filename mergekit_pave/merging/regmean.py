@@ -13,7 +13,7 @@ The second form is used: rounding and damping then touch the task vectors, not t
     W = W_0 + lambda sum_t D_t C_t (C_t + mu sum_{s != t} C_s)^-1.
 
 1 is RegMean. It averages where tasks share inputs; smaller values add up more of the task vectors,
-and 0 adds them up whole, which is task arithmetic.
+and 0 adds them up as far as each one's own data reaches.
 
 What several tasks have in common is added up several times and outgrows what one of them alone
 has. `flattening` (`p`) evens that out, as isotropic merging does with plain sums of task vectors

@@ -164,10 +164,10 @@ PARAMETERS = (
 class TaskSingularVectors(GroupMergeMethod):
     """TSV-Merge: the tasks' leading singular vectors, orthogonalised against each other.
 
-    Matrices are merged by `merged_delta`, whatever way round they are stored. Embeddings and
-    the output head are not: their rows are looked up one by one, or belong to one token each,
-    and have no directions in common to untangle. They and all tensors that are no matrices
-    (norms, biases, convolutions, fused 3-D experts) get the mean of the deltas.
+    Matrices are merged by `merged_delta`, whatever way round they are stored. The vocabulary's
+    (token embeddings, output head) are not: their rows are looked up one by one, or belong to one
+    token each, and have no directions in common to untangle. They and all tensors that are no
+    matrices (norms, biases, convolutions, fused 3-D experts) get the mean of the deltas.
 
     A model whose delta is zero in a matrix, or whose `weight` is 0, leaves its share of the rank
     to the others, as if it were absent. A mean counts every model whose weight is not 0.
