@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_pave import allocation, subspace, tails
 from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.errors import PaveError
-from mergekit_pave.numeric import wide
+from mergekit_pave.numeric import double, wide
 from mergekit_pave.parameters import DEFAULT_DAMPENING, DEFAULT_RATIO
 from mergekit_pave.separation import separate
 from mergekit_pave.statistics import Cut, Layer
@@ -98,10 +98,9 @@ def separated(
     strength = values["separation"]
     if strength is None:
         strength = 1 / max(len(others) - 1, 1)
-    device = torch.device("cpu") if base.device.type == "mps" else base.device
 
     def moment(layer: Layer) -> Tensor:
-        return layer.covariance().to(device, torch.float64)
+        return double(layer.covariance().to(base.device))
 
     total = None  # one sum, and one model's moment at a time
     for layer in others.values():
@@ -111,11 +110,10 @@ def separated(
         own = moment(p.layer)
         try:
             allowed = subspace.damped(torch.lerp(own, total, strength), **damping_of(values))
-            delta = separate(p.oriented(wide(p.tensor) - wide(base)).to(device), own, allowed)
+            delta = separate(p.oriented(wide(p.tensor) - wide(base)), own, allowed)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise _unusable(p, error) from error
-        new = wide(base) + p.oriented(delta).to(base.device, wide(base).dtype)
-        result[p.model] = Purified(new)
+        result[p.model] = Purified(wide(base) + p.oriented(delta).to(wide(base)))
     return result
 
 
