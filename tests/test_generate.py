@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -239,12 +240,14 @@ def test_damaged_text_is_named(path):
         rows_of(path)
 
 
-def _calibrate(workers, path: Path, folder: Path) -> bool:
+def _calibrate(workers, path: Path, folder: Path, cache: Path) -> bool:
+    # The server that forks the processes has the environment of the test that started it.
+    os.environ["MERGEKIT_PAVE_CACHE"] = str(cache)
     return calibrate_to(source_of(path), spec_of(), folder, Resources(), workers) is not None
 
 
 def test_several_processes_share_what_the_main_one_generates(path, tmp_path):
-    assert crew(2, _calibrate, path, tmp_path / "s") == [True, False]
+    assert crew(2, _calibrate, path, tmp_path / "s", cache_folder()) == [True, False]
     assert len(list((cache_folder() / "generated").glob("*.json"))) == 1
     forget()
     one = calibrate_to(source_of(path), spec_of(), tmp_path / "one", Resources())
