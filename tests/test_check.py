@@ -163,7 +163,7 @@ def test_refused(good, path, value, words):
 @pytest.mark.parametrize(
     ("name", "ours"),
     [(name, True) for name in ("pave-ties", "pave_tie", "PAVE_TIES", "paveties", "ties_pave",
-                               "pvae_ties", "pave")]
+                               "pvae_ties", "pave", "tsv-m", "regmeans", "EMR")]
     + [(name, False) for name in ("ties", "tie", "pave_ties", "linear", "slerpp", "nonsense")],
 )
 def test_which_unknown_methods_are_ours(name, ours):

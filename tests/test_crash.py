@@ -75,7 +75,10 @@ def test_killed_at_random_moments(families, texts, tmp_path, kills):
     seconds = _run(path, data, tmp_path / "whole")
     whole = CovarianceStore(_folder(tmp_path / "whole"))
     draw, partial, moments = random.Random(kills), 0, set()
-    for number in range(kills):
+    # On a busy machine the moments may all miss the short calibration: then some more.
+    for number in range(8 * kills):
+        if number >= kills and partial:
+            break
         cache = tmp_path / str(number)
         _run(path, data, cache, kill_after=draw.uniform(0, seconds))
         folder = _folder(cache)

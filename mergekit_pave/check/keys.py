@@ -92,7 +92,7 @@ def looks_like_ours(name: str) -> bool:
     known = [method.spec.name for method in merge_methods.registered_methods()]
     plain = name.lower().replace("-", "_")
     near = difflib.get_close_matches(plain, known, 1, 0.75)
-    return name not in known and ("pave" in plain or bool(near and near[0].startswith(PREFIX)))
+    return name not in known and ("pave" in plain or bool(near and is_ours(near[0])))
 
 
 # --- keys ----------------------------------------------------------------------------------
