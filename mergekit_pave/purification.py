@@ -22,12 +22,6 @@ from mergekit_pave.separation import separate
 from mergekit_pave.statistics import Cut, Layer
 
 
-def ratio_of(values: Mapping[str, Any]) -> float | None:
-    """The kept fraction of the rank; `None` where nothing is truncated."""
-    ratio = values["rank_ratio"]
-    return DEFAULT_RATIO[values["purify"]] if ratio is None else ratio
-
-
 @dataclass(frozen=True)
 class Participant:
     """One model's weight of the layer.
@@ -63,7 +57,9 @@ def truncated(
     The paper's method (sections 3.2 and 3.3) with `purify: weight`.
     """
     of_delta = values["purify"] == "delta"
-    ratio, rank = ratio_of(values), min(base.shape)
+    ratio, rank = values["rank_ratio"], min(base.shape)
+    if ratio is None:
+        ratio = DEFAULT_RATIO[values["purify"]]
     matrices = [wide(p.tensor) - wide(base) if of_delta else wide(p.tensor) for p in participants]
     count = allocation.cap(rank, ratio)
     found = [_tail(p, m, count, values) for p, m in zip(participants, matrices, strict=True)]
