@@ -27,11 +27,15 @@ MAX_APPLIES = 100
 # One filter may favour the best direction of a block over its worst by this much, not more: the
 # worst has to keep some digits of its own.
 MAX_GROWTH = 1e11
+# What a product leaves of the other directions in a vector, however well that is known.
+ROUNDING = 1e-15
 MAX_DEGREE = 10
 # Angle (Davis-Kahan) allowed between the tail and its true subspace, and the relative gap
 # assumed at least: no direction is better than its neighbour in a cluster tighter than that.
 TOLERANCE = 2e-7
 MIN_GAP = 1e-2
+# The error of a singular value is the square of its vector's angle.
+VALUE_TOLERANCE = 1e-5
 # Pivots this small, relative to the largest, cannot be told from zero after the QR.
 SINGULAR = 1e-13
 # A tall weight's own factor may come from `W^T W` while that costs it no digits that matter.
@@ -210,7 +214,8 @@ def _smallest(t: Tensor, count: int, seed: int) -> tuple[Tensor, float, str]:
         return *_direct(t, count), "direct"
     pivots = t.diagonal().abs()
     if pivots.min() > SINGULAR * pivots.max():
-        top = _leading(lambda x: _thin(t.mT, _thin(t, x)), _noise(t, size, min(4, size), seed), 1)
+        some = _noise(t, size, min(4, size), seed)
+        top = _leading(lambda x: _thin(t.mT, _thin(t, x)), some, 1, VALUE_TOLERANCE)
         block = min(size, count + max(8, count // 2))
         low = _leading(lambda x: _inverse_gram(t, x), _noise(t, size, block, seed), count)
         if top is not None and low is not None:
@@ -234,7 +239,9 @@ def _inverse_gram(t: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(t, x, upper=True)
 
 
-def _leading(apply: Callable[[Tensor], Tensor], start: Tensor, count: int) -> Tensor | None:
+def _leading(
+    apply: Callable[[Tensor], Tensor], start: Tensor, count: int, tolerance: float = TOLERANCE
+) -> Tensor | None:
     """The largest eigenvectors of a positive operator, by Chebyshev-filtered block iteration.
 
     Each round diagonalises the operator within the block (Rayleigh-Ritz), then multiplies the
@@ -248,7 +255,7 @@ def _leading(apply: Callable[[Tensor], Tensor], start: Tensor, count: int) -> Te
     """
     if count == 0:
         return start[:, :0]
-    x, applies = torch.linalg.qr(apply(torch.linalg.qr(start).Q)).Q, 1
+    x, applies = torch.linalg.qr(apply(start)).Q, 1
     while applies < MAX_APPLIES:
         image = apply(x)
         values, v = torch.linalg.eigh(x.mT @ image)
@@ -258,32 +265,33 @@ def _leading(apply: Callable[[Tensor], Tensor], start: Tensor, count: int) -> Te
         # Davis-Kahan, vector by vector: the angle to the wanted subspace is at most the residual
         # over the distance to the first unwanted eigenvalue.
         gaps = torch.maximum(wanted - values[min(count, len(values) - 1)], MIN_GAP * wanted)
-        angle = torch.linalg.matrix_norm((image[:, :count] - x[:, :count] * wanted) / gaps)
-        if angle <= TOLERANCE:
+        angles = torch.linalg.vector_norm((image[:, :count] - x[:, :count] * wanted) / gaps, dim=0)
+        angle = torch.linalg.vector_norm(angles)
+        if angle <= tolerance:
             # The filter treats all unwanted directions alike. One bare product damps the far
             # ones, where what little is left would weigh most.
             return torch.linalg.qr(image).Q
         if not edge > 0:
             return None
-        degree = _degree(
-            (wanted[0] / edge).item(), (wanted[-1] / edge).item(), angle.item() / TOLERANCE
-        )
+        degree = _degree((wanted / edge).tolist(), angles.tolist(), angle.item() / tolerance)
         x = torch.linalg.qr(_chebyshev(apply, x, image, 2 / edge, degree)).Q
         applies += degree
     return None
 
 
-def _degree(largest: float, wanted: float, reduction: float) -> int:
+def _degree(eigenvalues: list[float], angles: list[float], reduction: float) -> int:
     """The degree that shrinks the residual by `reduction`, within what the digits allow.
 
-    `largest` and `wanted` are eigenvalues over `edge`. `T_m(z)` is about `exp(m acosh(z)) / 2`.
+    `eigenvalues`, descending, are over `edge`. `T_m(z)` is about `exp(m acosh(z)) / 2`.
     """
-
-    def rate(eigenvalue: float) -> float:
-        return math.acosh(max(2 * eigenvalue - 1, 1 + 1e-9))
-
-    enough = math.log(2 * reduction) / rate(wanted)
-    most = math.log(2 * MAX_GROWTH) / rate(largest)
+    rates = [math.acosh(max(2 * value - 1, 1 + 1e-9)) for value in eigenvalues]
+    enough = math.log(2 * reduction) / rates[-1]
+    # A direction that one vector has all but found hardly contaminates the others, so the filter
+    # may raise it further above them.
+    most = min(
+        (math.log(2 * MAX_GROWTH) - math.log(min(max(angle, ROUNDING), 1))) / rate
+        for angle, rate in zip(angles, rates, strict=True)
+    )
     return max(1, min(MAX_DEGREE, math.ceil(enough), int(most)))
 
 
