@@ -65,7 +65,8 @@ def _cheapest(spectra: Sequence[Tensor], caps: Sequence[int], budget: int) -> li
     models = len(spectra)
     # (component, model): on a tie the stable sort goes round the models, so equal spectra lose
     # equally and the result does not depend on the sort of the backend.
-    offers = torch.full((max(caps, default=0), models), torch.inf, dtype=torch.float64)
+    shape = (max(caps, default=0), models)
+    offers = torch.full(shape, torch.inf, dtype=torch.float64, device="cpu")
     for model, (values, most) in enumerate(zip(spectra, caps, strict=True)):
         if len(values) < most:
             raise ValueError(f"model {model} offers {len(values)} values; {most} are needed")

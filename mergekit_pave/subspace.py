@@ -170,8 +170,8 @@ def _random_tail(w: Tensor, count: int, seed: int) -> Tail:
 
 def _noise(like: Tensor, rows: int, columns: int, seed: int) -> Tensor:
     # Drawn on the CPU, so that every device starts from the same numbers.
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
+    where = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    return torch.randn(rows, columns, dtype=torch.float64, **where).to(like)
 
 
 def _reduce(w: Tensor, c: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

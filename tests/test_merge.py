@@ -355,6 +355,27 @@ def test_threads_calibrate_once_and_agree(families, texts, tmp_path, monkeypatch
     assert all(torch.equal(results[name], expected[name]) for name in names)
 
 
+@pytest.mark.parametrize("method, parameters", [
+    ("pave_ties", {"rank_ratio": 0.8}), ("pave_ties", {"rank_ratio": 0.8, "subspace": "random"}),
+    ("pave_task_arithmetic", {"purify": "delta"}), ("pave_task_arithmetic", {"purify": "separate"}),
+    ("tsv_m", {}), ("pave_regmean", {}), ("pave_tsv_regmean", {}), ("pave_emr", {}),
+])  # fmt: skip
+def test_the_default_device_of_a_worker_does_not_matter(
+    families, texts, tmp_path, monkeypatch, method, parameters
+):
+    """`--multi-gpu` merges within `torch.device(gpu)`; whatever is made there is lost here."""
+    monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "cache"))
+    config = config_of(families("llama"), method, texts, **parameters)
+    taken = {p.name for p in get(method).spec.parameters}
+    for model in config["models"]:
+        own = model["parameters"].items()
+        model["parameters"] = {name: value for name, value in own if name in taken}
+    with torch.device("meta"):
+        there = merge(config, tmp_path / "there")
+    here = merge(config, tmp_path / "here")
+    assert all(torch.equal(there[name], here[name]) for name in here)
+
+
 def test_tensors_in_memory_take_a_store(families, texts, tmp_path):
     paths = families("llama")
     store = calibration_run.calibrate_to(
