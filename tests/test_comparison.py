@@ -157,7 +157,7 @@ def test_every_configuration_passes_the_check(method, place):
 def test_every_ablation_passes_the_check_and_changes_something(quick, place):
     by_name = {method.name: method for method in methods.METHODS}
     seen = set()
-    for ablation in methods.ablations((4, 8), quick):
+    for ablation in methods.ablations((4, 8), quick, writes=True):
         method = by_name[ablation.parent]
         if methods.unavailable(method):
             continue
@@ -219,7 +219,7 @@ def _chosen(*names):
 def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     chosen = _chosen("average", "task_arithmetic", "pave_task_arithmetic (weight)", "emr", "tsv_c")
     ablations = tuple(
-        a for a in methods.ablations((4,), quick=False)
+        a for a in methods.ablations((4,), quick=False, writes=False)
         if a.parent == "pave_task_arithmetic (weight)"
         and (a.curve in ("samples", "calibration") or a.value == 0.9)
     )

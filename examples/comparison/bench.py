@@ -66,7 +66,7 @@ class Bench:
         source = text(method, configuration)
         found = {split: self._read(source, seed, split) for split in splits}
         if any(rows is None for rows in found.values()):
-            with self._merged(method, name, source, seed) as models:
+            with self.merged(method, name, source, seed) as models:
                 for split in splits:
                     found[split] = self._kept(source, seed, split, models, name)
         return found
@@ -150,7 +150,7 @@ class Bench:
     # --- merges ----------------------------------------------------------------------------
 
     @contextmanager
-    def _merged(
+    def merged(
         self, method: Method, name: str, source: str, seed: int
     ) -> Iterator[dict[str, Path]]:
         """The model of every task, often the same; gone afterwards. The YAML stays."""

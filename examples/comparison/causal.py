@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 KIND = "causal"
+WRITES = True  # can its models write calibration data?
 METRIC = "negative log-likelihood"
 NAMES = tuple(task.name for task in TASKS)
 SIZES = {"train": 800, "validation": 32, "test": 112}

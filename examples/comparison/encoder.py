@@ -20,6 +20,7 @@ from train import Classifier, fine_tune, fit_head
 from transformers import AutoModel, AutoTokenizer
 
 KIND = "encoder"
+WRITES = False  # can its models write calibration data?
 METRIC = "accuracy"
 NAMES = tuple(task.name for task in TASKS)
 SIZES = {"train": 4000, "validation": 150, "test": 400}

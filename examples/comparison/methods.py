@@ -70,7 +70,8 @@ class Ablation:
         value: its place on that curve.
         parameters: replaced in the merge.
         samples: rows of calibration instead of the setting's.
-        calibration: `own`, the `next` task's rows, or `none` at all.
+        calibration: `own`, the `next` task's rows, `none` at all, or text that the fine-tuned
+            model writes (`self`).
         suggested: the parameters are those that `mergekit-pave suggest` prints for the merge.
     """
 
@@ -156,8 +157,14 @@ _CURVE = {  # of `rank_ratio`
 }
 
 
-def ablations(samples: tuple[int, ...], quick: bool) -> tuple[Ablation, ...]:
-    """All of them; `samples` are the sizes of the sample-size curve."""
+def ablations(samples: tuple[int, ...], quick: bool, writes: bool) -> tuple[Ablation, ...]:
+    """All of them.
+
+    Args:
+        samples: sizes of the sample-size curve.
+        quick: a few.
+        writes: the models can write their own calibration data.
+    """
     if quick:
         return (
             Ablation("pave_ties (weight)", "subspace random, ratio", 0.9,
@@ -165,29 +172,38 @@ def ablations(samples: tuple[int, ...], quick: bool) -> tuple[Ablation, ...]:
             Ablation("pave_ties (weight)", "samples", samples[0], samples=samples[0]),
         )
     result = []
-    for purify, ratios in _CURVE.items():
+    for purify in ("weight", "delta", "separate"):
         parent = f"pave_task_arithmetic ({purify})"
-        for space in ("covariance", "svd", "random"):
-            result += [
-                Ablation(parent, f"subspace {space}, ratio", ratio,
-                         {"rank_ratio": ratio, "subspace": space})
-                for ratio in ratios
-            ]
+        if purify in _CURVE:
+            result += _of_ranks(parent, _CURVE[purify])
         result += [Ablation(parent, "samples", count, samples=count) for count in samples]
         result += [
             Ablation(parent, "dampening", value, {"dampening_frac": value})
             for value in (0.001, 0.01, 0.1, 1.0)
         ]
         result += [
-            Ablation(parent, "allocation", "uniform", {"rank_allocation": "uniform"}),
-            Ablation(parent, "subspace", "svd", {"subspace": "svd"}),
-            Ablation(parent, "subspace", "random", {"subspace": "random"}),
             Ablation(parent, "calibration", "of the next task", calibration="next"),
             Ablation(parent, "calibration", "without data", calibration="none"),
         ]
+        if writes:
+            result.append(Ablation(parent, "calibration", "written by itself", calibration="self"))
     result.append(Ablation("pave_task_arithmetic (weight)", "parameters", "of suggest",
                            suggested=True))
     return tuple(result)
+
+
+def _of_ranks(parent: str, ratios: tuple[float, ...]) -> list[Ablation]:
+    """What goes, and how it is shared out: only where whole directions go."""
+    return [
+        *(
+            Ablation(parent, f"subspace {space}, ratio", ratio,
+                     {"rank_ratio": ratio, "subspace": space})
+            for space in ("covariance", "svd", "random") for ratio in ratios
+        ),
+        Ablation(parent, "allocation", "uniform", {"rank_allocation": "uniform"}),
+        Ablation(parent, "subspace", "svd", {"subspace": "svd"}),
+        Ablation(parent, "subspace", "random", {"subspace": "random"}),
+    ]
 
 
 @dataclass(frozen=True)
@@ -244,8 +260,8 @@ def configuration(
 
 def _calibration(place: Place, index: int, ablation: Ablation | None) -> str:
     source = ablation.calibration if ablation else "own"
-    if source == "none":
-        return "none"
+    if source in ("none", "self"):
+        return source
     task = place.tasks[(index + (source == "next")) % len(place.tasks)]
     return str(place.out / "calibration" / f"{task}.jsonl")
 

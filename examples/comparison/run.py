@@ -29,9 +29,9 @@ PACKAGES = {
 def main(arguments: list[str] | None = None) -> None:
     args = _arguments(arguments)
     chosen = SETTINGS if args.setting == "all" else (args.setting,)
-    _require_packages(chosen)
+    require_packages(chosen)
     out = args.out.resolve()
-    _surroundings()
+    surroundings()
     import torch
 
     import mergekit_pave
@@ -55,7 +55,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
                         help="forget the scores of these methods: their code has changed")
     parser.add_argument("--exact", action="store_true",
                         help="also let the causal models write answers to the maths questions")
-    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--ablations", type=_names, metavar="CURVE,...",
+                        help="these (samples, dampening, calibration, ...) or none; default: all")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(arguments)
     args.seeds = args.seeds or ((0,) if args.quick else (0, 1, 2))
@@ -71,7 +72,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _surroundings() -> None:
+def surroundings() -> None:
     """Before torch and huggingface_hub are imported."""
     # Threads that spin while they wait are several times slower when anything else wants cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -82,7 +83,7 @@ def _surroundings() -> None:
             sys.path.insert(0, str(folder))
 
 
-def _require_packages(chosen: tuple[str, ...]) -> None:
+def require_packages(chosen: tuple[str, ...]) -> None:
     needed = dict.fromkeys(name for setting in chosen for name in PACKAGES[setting])
     if missing := [name for name in needed if find_spec(name) is None]:
         raise SystemExit(
@@ -110,7 +111,9 @@ def _setting(name: str, out: Path, args: argparse.Namespace) -> None:
     if args.again:
         print(f"  forgot {bench.forget(set(args.again))} scores", flush=True)
     chosen = _methods(args)
-    extra = () if args.no_ablations else ablations(bench.setting.SAMPLE_SIZES, args.quick)
+    extra = ablations(bench.setting.SAMPLE_SIZES, args.quick, bench.setting.WRITES)
+    if args.ablations is not None:
+        extra = tuple(one for one in extra if one.curve in args.ablations)
     exact = args.exact and name == "causal"
     comparison = compare(bench, chosen, extra, args.seeds, exact)
     text = report.write(comparison, out)
