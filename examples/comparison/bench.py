@@ -204,7 +204,7 @@ def merge(config: Path, folder: Path, seed: int) -> None:
     main([str(config), str(folder), *options], standalone_mode=False)
 
 
-def pave(*arguments: str | Path) -> str:
+def pave(*arguments: str | Path | int) -> str:
     """What `mergekit-pave ARGUMENTS` does, in this process; what it prints."""
     from mergekit_pave.cli import main
 

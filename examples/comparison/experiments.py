@@ -93,9 +93,9 @@ def covariances(bench, seed: int) -> dict[str, Callable]:
     for task in bench.tasks:
         folder = bench.out / "covariances" / str(seed) / task
         if not (folder / "manifest.json").exists():
-            pave("calibrate", place.expert(task), "--dataset",
-                 bench.out / "calibration" / f"{task}.jsonl", "--num-calibration-samples", str(place.samples),
-                 "--max-seq-length", str(place.max_length), "-o", folder)
+            data = bench.out / "calibration" / f"{task}.jsonl"
+            pave("calibrate", place.expert(task), "--dataset", data, "-o", folder,
+                 "--num-calibration-samples", place.samples, "--max-seq-length", place.max_length)
         store = CovarianceStore(folder)
 
         def read(name: str, store=store):
@@ -331,10 +331,9 @@ def _scored(bench, seed: int, model: dict) -> list[np.ndarray]:
     shutil.copytree(bench.out / "base", folder, dirs_exist_ok=True)
     try:
         save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
-        return [
-            np.asarray(bench.setting.score(bench.out, folder, task, seed, "validation", bench.quick))
-            for task in bench.tasks
-        ]
+        where = (seed, "validation", bench.quick)
+        rows = (bench.setting.score(bench.out, folder, task, *where) for task in bench.tasks)
+        return list(map(np.asarray, rows))
     finally:
         shutil.rmtree(folder)
 

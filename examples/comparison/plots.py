@@ -27,7 +27,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     figures = {"methods": _methods(results)}
     for parent in dict.fromkeys(record["parent"] for record in results["ablations"]):
         of_parent = [r for r in results["ablations"] if r["parent"] == parent]
-        kind = parent.partition("(")[2].rstrip(")")
+        kind = _form(parent)
         figures[f"ratio-{kind}"] = _ratio(results, of_parent, parent)
         figures[f"samples-{kind}"] = _samples(results, of_parent, parent)
     files = []
@@ -93,7 +93,8 @@ def _samples(results: dict, records: list[dict], parent: str) -> plt.Figure | No
         return None
     figure, axes = plt.subplots(figsize=(5, 3.5))
     counts, scores = zip(*points, strict=True)
-    axes.plot(counts, [100 * s for s in scores], "o-", color=COLOURS[parent.partition("(")[2].rstrip(")")], label="purified")
+    axes.plot(counts, [100 * s for s in scores], "o-", color=COLOURS[_form(parent)],
+              label="purified")
     _twin_line(axes, results, parent)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(c) for c in counts])
@@ -102,6 +103,10 @@ def _samples(results: dict, records: list[dict], parent: str) -> plt.Figure | No
     axes.set_ylabel(AXIS[results["setting"]])
     axes.set_title(parent, fontsize=10)
     return _clean(figure, axes)
+
+
+def _form(method: str) -> str:
+    return method.partition("(")[2].rstrip(")")
 
 
 def _twin_line(axes: plt.Axes, results: dict, parent: str) -> None:

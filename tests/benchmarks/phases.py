@@ -28,7 +28,7 @@ from purify import RATIO, activations, weights
 
 from mergekit_pave.allocation import allocate, cap
 from mergekit_pave.covariance import SecondMoment
-from mergekit_pave.store import CovarianceStore, StoreWriter
+from mergekit_pave.store import StoreWriter
 from mergekit_pave.subspace import damped, purify, tail
 
 SHAPES = {

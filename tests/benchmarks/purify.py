@@ -10,8 +10,8 @@ slows all of them, and the ratios of medians are what counts:
   of it again to purify, `W' = SVD_r(W C_e) C_e^-1`.
 * ours: `damped`, `tail`, `allocate`, `purify`, from a covariance that is ready.
 * ours+C: the same, and `C` accumulated once from X in float32.
-* product: `W C` in float32 for each model and nothing else, the least that a method which forms this
-  product can take: `paper / product` bounds what it could gain, were all the rest free.
+* product: `W C` in float32 for each model and nothing else, the least that a method which forms
+  this product can take: `paper / product` bounds what it could gain, were all the rest free.
 
 On a machine that others use as well, OMP_NUM_THREADS=1 and `--cpu-time` still give figures that
 mean something: threads that wait for each other would burn the time of those that work.
