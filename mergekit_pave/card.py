@@ -1,7 +1,7 @@
 """The model card of a merge: mergekit's own, plus what it cannot know.
 
 mergekit writes README.md and mergekit_config.yml. `write_card` adds metadata, a section on
-calibration and the citation, and takes local paths out of both files. Running it again
+method and calibration and the citation, and takes local paths out of both files. Running it again
 changes nothing; the section lies between two comments and the rest of the card is the user's.
 """
 
@@ -18,17 +18,23 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import MergeMethod, ParameterScope
 
 from mergekit_pave import public, record
 from mergekit_pave.check.inputs import configuration, inputs
+from mergekit_pave.check.keys import is_ours, our_method
 from mergekit_pave.errors import PaveError
+from mergekit_pave.merging.covariances import CovarianceMethod
+from mergekit_pave.method import PaveMerge
+from mergekit_pave.papers import ABOUT, PAVE
 from mergekit_pave.parameters import DATA_FREE, DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS
+from mergekit_pave.plugin import register
 from mergekit_pave.store import write_atomically
 
 CARD, CONFIGURATION = "README.md", "mergekit_config.yml"
 # Of `mergekit-pave report`, written into the model's folder or one inside it.
 FIGURES = ("figures/spectra.png", "report/figures/spectra.png")
-TAGS = ("mergekit", "merge", "pave")
+TAGS = ("mergekit", "merge")
 # Of `purify`, and where filters give it several values.
 _FORMS = {
     "weight": "in every linear layer, the output directions that the fine-tuned model's own data "
@@ -40,18 +46,6 @@ _FORMS = {
     "as configured": "in every linear layer, as the configuration says.",
 }
 BEGIN, END = "<!-- mergekit-pave: begin -->", "<!-- mergekit-pave: end -->"
-PAPER = "https://arxiv.org/abs/2510.14697"
-CITATION = f"""\
-```bibtex
-@misc{{pave,
-  title = {{Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging}},
-  author = {{Bang An and Yibo Yang and Philip Torr and Bernard Ghanem}},
-  year = {{2025}},
-  eprint = {{2510.14697}},
-  archivePrefix = {{arXiv}},
-  url = {{{PAPER}}}
-}}
-```"""
 
 
 def write_card(folder: Path | str) -> str:
@@ -61,16 +55,17 @@ def write_card(folder: Path | str) -> str:
     be found out about a merge's data now may be gone when the card is written again.
 
     Raises:
-        PaveError: no output of mergekit, or of a method that purifies nothing.
+        PaveError: no output of mergekit, or of a method that is not ours.
     """
+    register()
     folder = Path(folder)
     card_text, source = (_read(folder, name) for name in (CARD, CONFIGURATION))
     raw = _parse(folder, source)
     config = configuration(raw)
-    if not config.merge_method.startswith("pave_"):
+    if not is_ours(config.merge_method):
         raise PaveError(
-            f"{folder} was merged with {config.merge_method}, which purifies nothing: mergekit's "
-            "own card says all there is."
+            f"{folder} was merged with {config.merge_method}, which is no method of mergekit-pave: "
+            "mergekit's own card says all there is."
         )
     clean_source = public.scrub_configuration(source)
     facts = record.read(folder)
@@ -127,8 +122,10 @@ def _load(folder: Path, text: str) -> ModelCard:
 
 
 def _complete_metadata(card: ModelCard, config: MergeConfiguration, facts: Mapping) -> None:
-    data = card.data
-    data.tags = _unique([*(data.tags or []), *TAGS])
+    data, method = card.data, our_method(config.merge_method)
+    tags = ["pave"] if isinstance(method, PaveMerge) else []
+    tags += [name for name in [_inner(method).spec.name] if name in ABOUT]
+    data.tags = _unique([*(data.tags or []), *TAGS, *tags])
     data.base_model = _parents(config, facts, data.base_model)
     if data.base_model:
         data.base_model_relation = "merge"
@@ -173,18 +170,57 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def section(config: MergeConfiguration, facts: Mapping, figure: str | None = None) -> str:
-    """Calibration and citation, as Markdown."""
-    parts = [
-        "## Calibration",
-        "The task vectors were purified before they were merged (PAVE, "
-        f"[arXiv 2510.14697]({PAPER})): {_FORMS[_value(config.parameters, 'purify')]}",
-        _table(facts["models"]),
-        "\n".join(f"* {line}" for line in _remarks(config, facts)),
-    ]
-    if figure:
+    """Method, calibration and citation, as Markdown."""
+    method = our_method(config.merge_method)
+    inner, purified = _inner(method), _purified(config, facts)
+    about = ABOUT.get(inner.spec.name)
+    parts, papers = [], [PAVE] if purified else []
+    if about:
+        parts += ["## Method", about.text, _method_settings(inner, config.parameters)]
+        papers += about.papers
+    if isinstance(method, PaveMerge) and not purified:
+        parts.append(f"Nothing was purified: the merge is that of `{inner.spec.name}`.")
+    if purified or isinstance(inner, CovarianceMethod):
+        parts += ["## Calibration", *_calibration(config, facts, purified)]
+    if purified and figure:
         parts.append(f"![Singular values, plain and weighted by the covariance]({figure})")
-    parts += ["## Citation", CITATION]
+    if papers:
+        cited = "\n\n".join(paper.bibtex for paper in papers)
+        parts += ["## Citation", f"```bibtex\n{cited}\n```"]
     return "\n\n".join(part for part in parts if part)
+
+
+def _inner(method: MergeMethod) -> MergeMethod:
+    """The method itself, or the one that a purified twin wraps."""
+    return getattr(method, "inner", method)
+
+
+def _purified(config: MergeConfiguration, facts: Mapping) -> bool:
+    """Whether any tensor was: not by a method that is no twin, nor with `rank_ratio: 1.0`."""
+    if not isinstance(our_method(config.merge_method), PaveMerge):
+        return False
+    if counts := facts["tensors"]:
+        return counts["purified"] > 0
+    return any(entry.can_be("rank_ratio") != {1} for entry in inputs(config))
+
+
+def _method_settings(method: MergeMethod, parameters: Mapping[str, Any] | None) -> str:
+    """The keys that are the method's own and the same for all models."""
+    own = [p for p in method.spec.parameters
+           if p.scope == ParameterScope.SHARED and p.name not in PARAMETERS]
+    values = {p.name: _given(parameters, p.name, p.default) for p in own}
+    known = ", ".join(f"`{name}` {value}" for name, value in values.items() if value is not None)
+    return f"Settings: {known}."
+
+
+def _calibration(config: MergeConfiguration, facts: Mapping, purified: bool) -> Iterator[str]:
+    if purified:
+        yield (
+            f"The task vectors were purified before they were merged (PAVE, {PAVE.link}): "
+            f"{_FORMS[_value(config.parameters, 'purify')]}"
+        )
+    yield _table(facts["models"], purified)
+    yield "\n".join(f"* {line}" for line in _remarks(config, facts, purified))
 
 
 def _with_section(text: str, new: str) -> str:
@@ -195,7 +231,7 @@ def _with_section(text: str, new: str) -> str:
     return f"{text.rstrip()}\n\n{block}\n"
 
 
-def _table(models: Iterable[Mapping[str, Any]]) -> str:
+def _table(models: Iterable[Mapping[str, Any]], purified: bool) -> str:
     rows = [
         [model["id"], _data(model["data"]), *_amounts(model["data"]), _kept(model["ranks"])]
         for model in models
@@ -204,7 +240,8 @@ def _table(models: Iterable[Mapping[str, Any]]) -> str:
         return ""
     head = ["model", "data", "samples", "tokens", "ranks kept"]
     lines = [head, ["---", "---", "---:", "---:", "---:"], *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    columns = len(head) if purified else len(head) - 1  # no ranks
+    return "\n".join("| " + " | ".join(map(_cell, line[:columns])) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:
@@ -243,15 +280,21 @@ def _kept(ranks: Mapping[str, tuple[int, int]] | None) -> str:
     return f"{total:.2%} ({min(shares):.2%} to {max(shares):.2%} per tensor)"
 
 
-def _remarks(config: MergeConfiguration, facts: Mapping[str, Any]) -> Iterator[str]:
-    yield _settings(config.parameters)
-    if counts := facts["tensors"]:
-        yield f"{counts['purified']} tensors were purified, {counts['plain']} merged plainly."
+def _remarks(
+    config: MergeConfiguration, facts: Mapping[str, Any], purified: bool
+) -> Iterator[str]:
+    method = our_method(config.merge_method)
+    treated = (method if purified else _inner(method)).treated
+    if purified:
+        yield _settings(config.parameters)
+    # What a twin counts is what it purified.
+    if (counts := facts["tensors"]) and (purified or not isinstance(method, PaveMerge)):
+        yield f"{counts['purified']} tensors were {treated}, {counts['plain']} merged plainly."
     for model in facts["models"]:
         known = model["statistics"] or {}
         if skipped := known.get("skipped"):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-            yield f"{model['id']}: linear layers that were not purified ({reasons})."
+            yield f"{model['id']}: linear layers that were not {treated} ({reasons})."
         if known and known["rows_per_feature"] < 1:
             yield (
                 f"{model['id']}: some covariances come from fewer tokens than features (least: "
@@ -260,8 +303,12 @@ def _remarks(config: MergeConfiguration, facts: Mapping[str, Any]) -> Iterator[s
 
 
 def _value(parameters: Mapping[str, Any] | None, name: str) -> Any:
+    return _given(parameters, name, PARAMETERS[name].default)
+
+
+def _given(parameters: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """What the whole merge was given, or the default; filters and gradients in words."""
-    given = (parameters or {}).get(name, PARAMETERS[name].default)
+    given = (parameters or {}).get(name, default)
     return "as configured" if isinstance(given, (list, dict)) else given
 
 

@@ -44,6 +44,8 @@ def load_task_model(
     *,
     base: str | None = None,
     rescaler: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
     **kwargs: Any,
 ) -> transformers.PreTrainedModel:
     """The model of one task of an EMR merge.
@@ -51,18 +53,22 @@ def load_task_model(
     Args:
         merged: folder or Hub id of the merged model.
         task: the fine-tune's public name (a Hub id or the last part of a path), or its index.
-        base: the base model; found by itself where it is on the Hub, or where the merge's own
-            `mergekit_config.yml` leads to it.
+        base: the base model, `MODEL[@REVISION]`; found by itself where it is on the Hub, or where
+            the merge's own `mergekit_config.yml` leads to it.
         rescaler: `tensor_mean` or `global` instead of what the merge was made with.
+        trust_remote_code: let the repositories of merge and base run code.
+        cache_dir: folder for downloads.
         kwargs: for `from_pretrained`.
 
     Raises:
         PaveError: no masks, no such task, another base, or damaged files.
     """
-    folder = _folder(merged, LoaderOptions())
-    trust = kwargs.get("trust_remote_code", False)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    state = dict(task_tensors(folder, task, base=base, rescaler=rescaler))
+    options = LoaderOptions(cache_dir, trust_remote_code=trust_remote_code)
+    folder = _folder(merged, options)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
+    if trust_remote_code:
+        kwargs["trust_remote_code"] = True
     model = model_class(config).from_pretrained(None, config=config, state_dict=state, **kwargs)
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

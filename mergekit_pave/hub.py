@@ -13,8 +13,9 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from mergekit_pave.card import CARD, PAPER, write_card
+from mergekit_pave.card import CARD, write_card
 from mergekit_pave.errors import PaveError
+from mergekit_pave.papers import PAVE
 from mergekit_pave.record import fullness
 from mergekit_pave.store import FORMAT, MANIFEST, CovarianceStore, write_atomically
 
@@ -185,7 +186,7 @@ def store_card(store: CovarianceStore, repo_id: str = "REPO_ID") -> str:
 # Layer input covariances of {model["id"]}
 
 Uncentred second moments `X^T X / n` of the inputs of this model's linear layers on the data named
-below, for purifying its task vector (PAVE, [arXiv 2510.14697]({PAPER})) when it is merged with
+below, for purifying its task vector (PAVE, {PAVE.link}) when it is merged with
 others: no data is needed for that any more.
 
 ## Contents

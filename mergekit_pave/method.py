@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from mergekit.merge_methods import (
     BasePolicy,
-    GroupMergeMethod,
     MergeMethod,
     MergeMethodSpec,
     TensorEntry,
@@ -22,15 +21,17 @@ from mergekit.merge_methods import (
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.covariances import CovarianceMethod, is_matrix, layer_of, prepare
+from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.merging.covariances import CovarianceMethod, is_matrix, layer_of
+from mergekit_pave.merging.planning import PlannedMethod
 from mergekit_pave.numeric import check_finite, wide
+from mergekit_pave.papers import PAVE
 from mergekit_pave.parameters import PARAMETERS
 from mergekit_pave.purification import Participant, separated, truncated
 from mergekit_pave.spec import spec_of
 from mergekit_pave.statistics import Layer, Statistics
 
 PREFIX = "pave_"
-PAPER = "https://arxiv.org/abs/2510.14697"
 
 
 def can_wrap(method: MergeMethod) -> bool:
@@ -39,7 +40,7 @@ def can_wrap(method: MergeMethod) -> bool:
     return spec.contract.base == BasePolicy.REQUIRED and not spec.name.startswith(PREFIX)
 
 
-class PaveMerge(GroupMergeMethod):
+class PaveMerge(PlannedMethod):
     """Purify every linear weight (PAVE, arXiv 2510.14697), then merge with `inner`.
 
     Tensors that are not purified are handed to `inner` as they came, so `rank_ratio: 1.0`
@@ -60,14 +61,13 @@ class PaveMerge(GroupMergeMethod):
             spec,
             name=PREFIX + spec.name,
             pretty_name=f"PAVE-purified {spec.pretty_name or spec.name}",
-            reference_url=PAPER,
+            reference_url=PAVE.url,
             parameters=(*spec.parameters, *ours),
             uses_accelerator=True,
         )
 
-    def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        prepare(self.statistics, input_ids, group_name)
+    def prepare(self, options: LoaderOptions) -> None:
+        self.statistics.prepare(options)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         own = {name: parameters[name] for name in PARAMETERS}

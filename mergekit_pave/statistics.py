@@ -10,15 +10,13 @@ import logging
 import re
 import threading
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_pave.calibration.data import CalibrationSpec
@@ -115,33 +113,9 @@ class Statistics:
         self.cuts: dict[Hashable, dict[str, Cut]] = {}
         self.data_free: set[Hashable] = set()
 
-    def prepare(self, models: Sequence[Hashable]) -> None:
-        """Take over mergekit's loading options, and refuse checkpoints it would cut down.
-
-        Called on the planning thread, the only one that knows the options. Where mergekit has
-        no definition of an architecture it takes the tensor names of today's transformers and
-        skips, without a word, those that the checkpoint calls otherwise.
-
-        Raises:
-            PaveError: linear layers of a model would be missing from the merge.
-        """
-        self._options = LoaderOptions.of_this_thread()
-        for model in models:
-            if not isinstance(model, ModelReference):
-                continue
-            config = model.config(trust_remote_code=self._options.trust_remote_code)
-            if arch_info_for_config(config) is not None:
-                continue
-            there = LoaderCache().get(model).index.tensor_paths
-            layers = linear_layers(empty_model(config, self._options.trust_remote_code)).modules
-            missing = [name for name in layers if name not in there]
-            if missing:
-                raise PaveError(
-                    f"mergekit would leave {len(missing)} weights of {model} out of the merge "
-                    f"(such as {missing[0]}): its checkpoint has the names of an older "
-                    "transformers; load the model and save it again with "
-                    "save_pretrained(DIR, save_original_format=False)."
-                )
+    def prepare(self, options: LoaderOptions) -> None:
+        """Load with these options from now on."""
+        self._options = options
 
     def count(self, what: str, name: str | None) -> None:
         self.counts[what].add(name)

@@ -308,6 +308,8 @@ class TaskMasks:
     """
 
     def __init__(self, model: Path):
+        from mergekit.common import dtype_from_name
+
         self.folder = Path(model) / FOLDER
         path = self.folder / MANIFEST
         try:
@@ -332,7 +334,9 @@ class TaskMasks:
                 name: Masked(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
                 for name, t in manifest["tensors"].items()
             }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            for name in {self.dtype, *(tensor.dtype for tensor in self.tensors.values())}:
+                dtype_from_name(name)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise self._damaged(f"{MANIFEST}: {error!r}") from error
 
     def _damaged(self, what: str) -> PaveError:

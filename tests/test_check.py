@@ -505,6 +505,36 @@ def test_slices_with_equal_ranges(good):
     assert check(raw, OPTIONS) == []
 
 
+@pytest.mark.parametrize(("of_one_slice", "words"), [
+    ({"regularization": 0.1}, "exclude each other"),
+    ({"purify": "separate", "rank_ratio": 0.9}, "rank_ratio has no effect"),
+])
+def test_a_fault_of_a_later_slice(good, of_one_slice, words):
+    good["parameters"]["dampening_frac"] = 0.1
+    raw = sliced(good, [(0, 1)] * 3, [(1, 2)] * 3)
+    assert check(raw, OPTIONS) == []
+    raw["slices"][1]["parameters"] = of_one_slice
+    (found,) = errors(raw)
+    assert found.startswith("parameters: ") and words in found
+
+
+def test_data_for_a_later_slice_only(good):
+    """Named once for each model, and looked at although the first slice needs none."""
+    raw = sliced(good, [(0, 1)] * 3, [(1, 2)] * 3)
+    for piece in raw["slices"]:
+        for source in piece["sources"][1:]:
+            source["parameters"] = {"weight": 0.5}
+    raw["parameters"]["rank_ratio"] = 1.0
+    assert errors(raw) == []
+    for part in raw["slices"]:
+        part["parameters"] = {"rank_ratio": 0.9}
+    assert len(errors(raw)) == 2
+    del raw["slices"][0]["parameters"]
+    assert [e.split(":")[0] for e in errors(raw)] == [f"slices[1].sources[{i}]" for i in (1, 2)]
+    raw["parameters"]["calibration_dataset"] = "./nowhere.jsonl"
+    assert [e.split(":")[0] for e in errors(raw)] == [f"slices[1].sources[{i}]" for i in (1, 2)]
+
+
 def test_base_of_each_slice(good):
     raw = sliced(good, [(0, 2)] * 3)
     raw["slices"][0]["base_model"] = raw.pop("base_model")
@@ -603,3 +633,51 @@ def test_data_for_some_models_only(good, texts, method, shared, clash):
     found = errors(own(good, method, "none", str(texts[0]), **shared))
     assert ["no common scale" in message for message in found] == [True] * clash
     assert errors(own(good, method, "none", "none", **shared)) == []
+
+
+# --- what a merge would find out in its middle ----------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["emr", "pave_emr"])
+def test_masks_are_told_from_one_base(good, method):
+    shared = {"rank_ratio": 1.0} if method == "pave_emr" else {}
+    raw = sliced(own(good, method, **shared), [(0, 1)] * 3, [(1, 2)] * 3)
+    assert errors(raw) == []
+    base, other = raw["base_model"], raw["slices"][1]["sources"][1]["model"]
+    wanted = f"slices[1]: {method} needs one base for the whole model: remove the base_model of "
+    raw["slices"][1]["base_model"] = other
+    assert errors(raw) == [wanted + "the slice."]
+    raw["slices"][1]["base_model"] = base
+    assert errors(raw) == []
+    raw["slices"][0]["base_model"] = raw.pop("base_model")
+    found = errors(raw)
+    assert len(found) == 2
+    assert found[1] == wanted + f"the slice and add `base_model: {base}` at the top level."
+
+
+@pytest.mark.parametrize("method", ["emr", "pave_emr"])
+def test_masks_have_one_rescaler(good, method):
+    raw = own(good, method, **({"rank_ratio": 1.0} if method == "pave_emr" else {}))
+
+    def found(value) -> list[str]:
+        return errors(change(raw, "parameters.rescaler", value))
+
+    assert found("global") == found([{"filter": "mlp", "value": "tensor_mean"}]) == []
+    assert found([{"filter": "mlp", "value": "global"}, {"value": "global"}]) == []
+    for value in ([{"filter": "mlp", "value": "global"}],
+                  [{"filter": "mlp", "value": "global"}, {"value": "tensor_mean"}]):
+        (sentence,) = found(value)
+        assert sentence.startswith("parameters: rescaler must be one value for the whole model")
+    raw = sliced(raw, [(0, 1)] * 3, [(1, 2)] * 3)
+    raw["slices"][1]["parameters"] = {"rescaler": "global"}
+    assert len(errors(raw)) == 1
+    raw["slices"][0]["parameters"] = {"rescaler": "global"}
+    assert errors(raw) == []
+
+
+@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean"])
+def test_some_model_has_to_weigh_something(good, method):
+    raw = own(good, method, "none", "none", weight=0)
+    assert errors(raw) == ["models: every weight is 0, which leaves nothing to merge; raise one."]
+    assert errors(change(raw, "models.1.parameters.weight", 0.5)) == []
+    assert errors(change(raw, "parameters.weight", [{"filter": "mlp", "value": 0}])) == []

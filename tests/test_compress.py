@@ -18,6 +18,7 @@ from test_cli import invoke
 from test_merge import tensors_of
 
 from mergekit_pave import compress as module
+from mergekit_pave import compress_task
 from mergekit_pave.compress import compress
 from mergekit_pave.compressed import Compressed, pack, restore
 from mergekit_pave.errors import PaveError
@@ -136,7 +137,7 @@ def test_what_comes_back_is_the_truncated_fine_tune(families, config, tmp_path):
 
 
 def test_what_is_reported_is_true(families, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "WINDOW", 10_000)  # several files
+    monkeypatch.setattr(compress_task, "WINDOW", 10_000)  # several files
     paths = families("llama")
     summary = compress(raw(paths), tmp_path / "c", rank_fraction=0.25)[0]
     task = tmp_path / "c" / "expert0"
@@ -261,7 +262,7 @@ def test_models_of_the_same_name_are_told_apart(families, tmp_path):
 
 def test_an_interrupted_run_goes_on(families, config, tmp_path, monkeypatch):
     paths, calls = families("llama"), []
-    work = module._compress_task
+    work = module.compress_task
 
     def stop(tuned, *arguments):
         calls.append(tuned.label)
@@ -269,7 +270,7 @@ def test_an_interrupted_run_goes_on(families, config, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_compress_task", stop)
+    monkeypatch.setattr(module, "compress_task", stop)
     with pytest.raises(KeyboardInterrupt):
         compress(raw(paths), tmp_path / "c")
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["expert0"]

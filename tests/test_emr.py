@@ -386,6 +386,25 @@ def test_threads_write_what_one_thread_writes(trio, merged, tmp_path, monkeypatc
         assert all(torch.equal(one.mask(name, t), many.mask(name, t)) for t in range(3))
 
 
+def test_a_merge_that_nobody_has_checked_keeps_one_base_and_rescaler(trio, tmp_path):
+    paths = trio("llama")
+    config = MergeConfiguration.model_validate(config_of(paths))
+    ids = [ModelReference.model_validate(str(path)) for path in paths.values()]
+
+    def work(base: int, rescaler: str) -> None:
+        with task_masks.beside(tmp_path / "out", config, MergeOptions(quiet=True)):
+            for i, way in enumerate(("global", rescaler)):
+                merge_tensors([torch.randn(3) for _ in ids], "emr", ids=ids, base_index=i * base,
+                              name=str(i), parameters={"rescaler": way})
+
+    work(0, "global")
+    with pytest.raises(PaveError, match="one base for the whole model.*base_model of the slice"):
+        work(1, "global")
+    with pytest.raises(PaveError, match="rescaler must be one value for the whole model"):
+        work(0, "tensor_mean")
+    assert not (tmp_path / "out" / "emr").exists()
+
+
 def test_the_end_of_a_merge_says_what_it_wrote(trio, tmp_path, capsys):
     merge(config_of(trio("llama")), tmp_path / "out", quiet=False)
     said = capsys.readouterr().err
@@ -469,6 +488,37 @@ def test_a_published_merge_names_its_base(merged, trio, monkeypatch, tmp_path, c
     monkeypatch.setattr(emr_models, "read_config", lambda *a: None)
     monkeypatch.setattr(ModelReference, "local_path", lambda *a, **k: str(trio("llama")["base"]))
     assert equal(dict(task_tensors("me/merged", 1)), dict(task_tensors(merged, 1)))
+
+
+@pytest.mark.parametrize("given", [{}, {"trust_remote_code": True, "cache_dir": "elsewhere"}])
+def test_where_and_how_the_base_is_loaded(merged, trio, monkeypatch, copy, given):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps({**manifest, "base": {"id": "x", "hub": "org/x"}}))
+    seen, trusted, cache = [], given.get("trust_remote_code", False), given.get("cache_dir")
+    expected = load_task_model(merged, 1).state_dict()
+
+    def fetched(*_, cache_dir, **more):
+        seen.append(cache_dir)
+        return str(copy)
+
+    def located(reference, cache_dir=None, **more):
+        seen.append(cache_dir)
+        assert str(reference) == "org/x@v2"
+        return str(trio("llama")["base"])
+
+    def configured(repo, trust_remote_code, **more):
+        assert trust_remote_code is trusted
+        return real(repo, **more)
+
+    real = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", configured)
+    monkeypatch.setattr(emr_models, "snapshot_download", fetched)
+    monkeypatch.setattr(ModelReference, "local_path", located)
+    monkeypatch.setattr(
+        emr_models, "read_config", lambda _, options: seen.append(options.trust_remote_code))
+    model = load_task_model("me/merged", 1, base="org/x@v2", **given)
+    assert equal(model.state_dict(), expected)
+    assert seen == [cache, trusted, cache]
 
 
 # --- what goes wrong -----------------------------------------------------------------------
@@ -628,6 +678,14 @@ def test_damaged_files(copy, merged):
         next(iter(manifest["tensors"].values()))[key] = value
         (copy / MANIFEST).write_text(json.dumps(manifest))
         refused("damaged", task_tensors, copy, 0)
+    for value in ("floaty", "int3", 32, ["float32"]):
+        (copy / MANIFEST).write_text(json.dumps({**json.loads(text), "dtype": value}))
+        refused(f"task masks in {copy / 'emr'} are damaged (manifest.json: ", load_task_model, copy,
+                0)
+    manifest = json.loads(text)
+    next(iter(manifest["tensors"].values()))["dtype"] = "quint8"
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    refused("are damaged (manifest.json: ", task_tensors, copy, 0)
     (copy / MANIFEST).write_text(text.replace('"format": 1', '"format": 2'))
     refused("not from this version", task_tensors, copy, 0)
     (copy / MANIFEST).write_text(text)

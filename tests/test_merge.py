@@ -21,7 +21,9 @@ from test_calibration import reference, source_of, spec_of
 import mergekit_pave
 from mergekit_pave import statistics
 from mergekit_pave.calibration import run as calibration_run
+from mergekit_pave.check import check
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.method import PaveMerge
 
 METHODS = ["task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
@@ -426,6 +428,19 @@ def test_names_of_an_older_transformers_are_refused(tmp_path):
     assert not [name for name in plain if "layer" in name and name.endswith("0.mlp.fc1.weight")]
 
 
+@pytest.mark.parametrize("method", ["tsv_m", "emr"])
+def test_so_are_they_by_methods_that_look_at_no_data(families, tmp_path, method):
+    paths = make_family(tmp_path / "old", "vit", save_original_format=True)
+    config = {"merge_method": method, "base_model": str(paths["base"]),
+              "models": [{"model": str(paths["expert0"])}]}
+    with pytest.raises(PaveError, match="leave 12 weights of .* out .*save_original_format=False"):
+        merge(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    today = families("vit")
+    config |= {"base_model": str(today["base"]), "models": [{"model": str(today["expert0"])}]}
+    assert [n for n in merge(config, tmp_path / "today") if n.endswith("0.mlp.fc1.weight")]
+
+
 def test_a_cut_deeper_than_the_fine_tuning_is_said(families, texts, tmp_path, capsys):
     config = config_of(families("llama"), "pave_task_arithmetic", texts, rank_ratio=0.5)
     merge(config, tmp_path / "deep", quiet=False)
@@ -436,6 +451,16 @@ def test_a_cut_deeper_than_the_fine_tuning_is_said(families, texts, tmp_path, ca
     merge(config, tmp_path / "shallow", quiet=False)
     shallow = capsys.readouterr().err
     assert "14 tensors purified" in shallow and "more was removed" not in shallow
+
+
+def test_a_shortage_of_rows_is_said_once_for_each_model(families, texts, tmp_path, caplog):
+    config = config_of(families("llama"), "pave_task_arithmetic", texts, rank_ratio=0.9,
+                       num_calibration_samples=61)
+    found = [f for f in check(config, LoaderOptions()) if f.level == "warning"]
+    assert [f.where for f in found] == ["models[0]", "models[1]"]
+    merge(config, tmp_path / "out")
+    said = [record.getMessage() for record in caplog.records if "61" in record.getMessage()]
+    assert len(said) == 2 and all("60 usable rows" in line for line in said)
 
 
 def test_the_card_links_the_paper(families, texts, tmp_path):

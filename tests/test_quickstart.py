@@ -12,6 +12,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
 
+import folders
 import run
 import tasks
 import train
@@ -107,11 +108,11 @@ def test_head_learns_a_separable_task():
 
 def test_an_interrupted_folder_never_looks_finished(tmp_path):
     folder = tmp_path / "experts" / "icd"
-    with pytest.raises(KeyboardInterrupt), run._all_or_nothing(folder) as unfinished:
+    with pytest.raises(KeyboardInterrupt), folders.all_or_nothing(folder) as unfinished:
         (unfinished / "model.safetensors").touch()
         raise KeyboardInterrupt
     assert not folder.exists()
-    with run._all_or_nothing(folder) as unfinished:
+    with folders.all_or_nothing(folder) as unfinished:
         assert not list(unfinished.iterdir())
     assert folder.is_dir() and not unfinished.exists()
 

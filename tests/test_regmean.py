@@ -185,8 +185,11 @@ def test_it_says_what_is_missing(families, texts, tmp_path):
     config = _config(paths, "regmean", texts, reduce_non_diagonal_ratio=1.5)
     with pytest.raises(PaveError, match="reduce_non_diagonal_ratio.*must be between 0 and 1"):
         merge(config, tmp_path / "out")
-    with pytest.raises(PaveError, match="every weight .* is 0"):
+    with pytest.raises(PaveError, match="models: every weight is 0"):
         merge(_config(paths, "regmean", texts, weight=0.0), tmp_path / "out")
+    some = [{"filter": "mlp", "value": 0.0}, {"value": 1.0}]
+    with pytest.raises(PaveError, match="every weight of .*mlp.* is 0"):
+        merge(_config(paths, "regmean", texts, weight=some), tmp_path / "out")
 
 
 def test_in_memory_it_needs_a_store():

@@ -201,6 +201,20 @@ def test_a_split_is_a_partition_of_the_rows(config, tmp_path):
                                        rtol=1e-4, atol=1e-4)
 
 
+def test_rows_that_a_model_has_written_can_be_split(config, tmp_path):
+    raw = yaml.safe_load(config.read_text())
+    for model in raw["models"]:
+        model["parameters"]["calibration_dataset"] = "self"
+    config.write_text(yaml.safe_dump(raw))
+    assert "times the energy on held-out rows" in printed(run(config, "--split", "0.5"))
+    merge = gather.open_merge(config, LoaderOptions(), CPU)
+    fitted, held = heldout.split(merge, 0.25, tmp_path, CPU)
+    for whole, part, rest in zip(merge.models, fitted.models, held, strict=True):
+        assert [store.manifest["data"]["generated"] for store in (part.store, rest)] == [True] * 2
+        for name, site in whole.store.sites.items():
+            assert site.count == part.store.sites[name].count + rest.sites[name].count
+
+
 def test_held_out_energy_is_that_of_the_other_rows(config):
     merge = gather.open_merge(config, LoaderOptions(), CPU)
     layer = merge.layers[0]

@@ -23,6 +23,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+from folders import all_or_nothing, write_rows
+
 HERE = Path(__file__).parent
 METHODS = ("task_arithmetic", "pave_task_arithmetic", "ties", "pave_ties")
 SIZES = {"train": 3000, "validation": 500, "test": 1000}
@@ -78,16 +80,14 @@ def prepare(out: Path) -> dict:
     logging.disable_progress_bar()  # of loading 103 tensors
     base = files(BASE_PACKAGE) / "model"
     if not (out / "base").exists():
-        with _all_or_nothing(out / "base") as folder:
+        with all_or_nothing(out / "base") as folder:
             AutoModel.from_pretrained(str(base)).save_pretrained(folder)
             AutoTokenizer.from_pretrained(str(base)).save_pretrained(folder)
     data = {}
-    (out / "calibration").mkdir(exist_ok=True)
     for task in TASKS:
         data[task.name] = task.load(SIZES)
         texts, _ = data[task.name]["train"]  # never the rows that are tested
-        with open(out / "calibration" / f"{task.name}.jsonl", "w") as file:
-            file.writelines(json.dumps({"text": t}) + "\n" for t in texts[:CALIBRATION_ROWS])
+        write_rows(out / "calibration" / f"{task.name}.jsonl", texts[:CALIBRATION_ROWS])
     return data
 
 
@@ -114,7 +114,7 @@ def train_expert(out: Path, name: str, rows) -> None:
     (out / "heads").mkdir(exist_ok=True)
     tensors = {f"{of}.{k}": v for of, head in heads.items() for k, v in head.state_dict().items()}
     save_file(tensors, out / "heads" / f"{name}.safetensors")
-    with _all_or_nothing(out / "experts" / name) as folder:  # last: its presence means "done"
+    with all_or_nothing(out / "experts" / name) as folder:  # last: its presence means "done"
         model.encoder.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
 
@@ -183,16 +183,6 @@ def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     yield
     seconds[name] = round(time.perf_counter() - start, 1)
     print(f"  {seconds[name]:.0f} s", flush=True)
-
-
-@contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name only once it is complete."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    unfinished.rename(folder)
 
 
 def _load(folder: Path):

@@ -33,7 +33,7 @@ from mergekit_pave.store import FORMAT, MANIFEST, CovarianceStore, StoreWriter, 
 
 __all__ = [
     "Resources", "Workers", "cache_folder", "cached_store", "calibrate", "calibrate_to",
-    "parse_bytes",
+    "parse_bytes", "samples_of",
 ]
 
 
@@ -45,7 +45,7 @@ def cached_store(
     Its address is the content of both: the checkpoint's values and the calibration tensors.
     Processes that want the same store wait for one another; an interrupted one is resumed.
     """
-    samples = _samples(source, spec, resources)
+    samples = samples_of(source, spec, resources)
     model_digest = digest(source.tensors())
     key = hashlib.sha256(f"{FORMAT}|{model_digest}|{samples.digest}".encode()).hexdigest()[:32]
     folder = cache_folder() / key
@@ -77,7 +77,7 @@ def calibrate_to(
 
         def prepare() -> Samples:
             _refuse_finished(folder)
-            samples = _samples(source, spec, workers.limit(resources))
+            samples = samples_of(source, spec, workers.limit(resources))
             make_folder(folder)
             held.enter_context(locked(folder / ".lock", wait=False))
             _refuse_finished(folder)
@@ -100,7 +100,8 @@ def _refuse_finished(folder: Path) -> None:
         raise PaveError(f"{folder} already holds a covariance store; choose another folder.")
 
 
-def _samples(source: ModelSource, spec: CalibrationSpec, resources: Resources) -> Samples:
+def samples_of(source: ModelSource, spec: CalibrationSpec, resources: Resources) -> Samples:
+    """The rows that `spec` asks for, of a dataset or written by the model itself."""
     if spec.generated:
         return generated_samples(source, spec, resources)
     return load_samples(

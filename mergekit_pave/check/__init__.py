@@ -52,7 +52,7 @@ def preflight(
     options: LoaderOptions,
     allowed: Allowances | None = None,
 ) -> list[str]:
-    """Refuse a merge that cannot work; return the warnings.
+    """Refuse a merge that cannot work; return the warnings that nothing later on gives.
 
     Args:
         config: what will be merged.
@@ -69,7 +69,7 @@ def preflight(
     if errors:
         more = f" ({len(errors) - 1} more: run `mergekit-pave check`)" if errors[1:] else ""
         raise PaveError(errors[0] + more)
-    return [str(f) for f in findings]
+    return [str(f) for f in findings if not f.said_again]
 
 
 def _as_written(config: MergeConfiguration, source: str | None) -> Any:

@@ -28,11 +28,15 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know: `level` is `error` or `warning`, `where` a path into the YAML."""
+    """One thing to know: `level` is `error` or `warning`, `where` a path into the YAML.
+
+    `said_again`: by the calibration, so that the merge need not say it before.
+    """
 
     level: str
     where: str
     what: str
+    said_again: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" if self.where else self.what

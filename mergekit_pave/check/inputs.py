@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,14 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import MergeMethod
+from mergekit.merge_methods.base import ParameterSpec
 
 from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.merging.covariances import CovarianceMethod
+from mergekit_pave.merging.emr import EmrMerge
 from mergekit_pave.method import PaveMerge
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, DATA_FREE, PARAMETERS
 
@@ -52,12 +54,15 @@ class Input:
         return found
 
     def can_be(self, name: str) -> set[Any]:
-        """The values a purification key can take, its default among them when nothing else
+        """The values a key of the method can take, its default among them when nothing else
         holds for every tensor."""
-        parameter = PARAMETERS[name]
+        parameter = self._parameter(name)
         found = self.settings(name)
         values = {parameter.validate(value) for _, value in found}
         return values if any(need is None for need, _ in found) else values | {parameter.default}
+
+    def _parameter(self, name: str) -> ParameterSpec:
+        return next(p for p in self.method.spec.parameters if p.name == name)
 
     @property
     def solved(self) -> bool:
@@ -111,17 +116,32 @@ def _reason(fault: Exception) -> str:
 
 
 def inputs(config: MergeConfiguration) -> list[Input]:
-    """The fine-tuned models of a configuration, once for each set of calibration keys."""
+    """The fine-tuned models of a configuration, once for each set of calibration keys.
+
+    Of several slices that have it, the first that needs its covariances stands for all.
+    """
     found: dict[tuple, Input] = {}
+    for entry in _entries(config):
+        keys = (repr(entry.get(p.name)) for p in (*CALIBRATION, COVARIANCE))
+        key = (entry.model, entry.base, *keys)
+        if key not in found or (entry.looked_at and not found[key].looked_at):
+            found[key] = entry
+    return list(found.values())
+
+
+def _entries(config: MergeConfiguration) -> Iterator[Input]:
+    """The fine-tuned models, once for each slice."""
     method = merge_methods.get(config.merge_method)
     for _, base, members in _groups(config):
-        for path, model, scopes in members:
-            if model == base:
-                continue
-            entry = Input(model, base, path, scopes, method)
-            key = (model, base, *(repr(entry.get(p.name)) for p in (*CALIBRATION, COVARIANCE)))
-            found.setdefault(key, entry)
-    return list(found.values())
+        yield from _fine_tunes(base, members, method)
+
+
+def _fine_tunes(
+    base: ModelReference | None, members: Iterable[_Member], method: MergeMethod
+) -> Iterator[Input]:
+    for path, model, scopes in members:
+        if model != base:
+            yield Input(model, base, path, scopes, method)
 
 
 def calibration_spec(entry: Input) -> CalibrationSpec:
@@ -166,30 +186,41 @@ def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator
     method = merge_methods.get(config.merge_method)
     for where, base, members in _groups(config):
         yield from _check_group(where, base, [model for _, model, _ in members], method)
-    entries = inputs(config)
-    yield from _check_scales(entries)
-    for entry in entries:
-        yield from _check_damping(entry)
-        if isinstance(method, PaveMerge):
-            yield from _check_purify(entry)
-        for spec in method.spec.parameters:
-            if spec.required and not any(spec.name in scope for scope in entry.scopes):
-                yield error(
-                    entry.where, f"{config.merge_method} needs a value for {spec.name}: add "
-                    f"`{spec.name}: VALUE` to `parameters`."
-                )
-        if entry.model.lora and not options.lora_merge_cache:
-            yield error(
-                entry.where, f"{entry.model} names an adapter: add --lora-merge-cache DIR to the "
-                "command (a path with a `+` is read as model plus adapter)."
-            )
-        if entry.looked_at and not (entry.get("covariance") or entry.get("calibration_dataset")):
-            yield error(
-                entry.where, f"{entry.model} has no calibration data: add "
-                "`calibration_dataset: NAME_OR_FILE` (its own task data), `covariance: STORE` or, "
-                "without data, `calibration_dataset: none` or `self` to its parameters."
-            )
+        yield from _check_weights(where, list(_fine_tunes(base, members, method)))
+    yield from _check_scales(inputs(config))
+    said = set()
+    for entry in _entries(config):
+        for finding in _check_entry(entry, options):
+            # Slices repeat the models, and their faults.
+            if (entry.model, finding.what) not in said:
+                said.add((entry.model, finding.what))
+                yield finding
+    if isinstance(getattr(method, "inner", method), EmrMerge):
+        yield from _check_emr(config)
     yield from _check_slices(config)
+
+
+def _check_entry(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
+    yield from _check_damping(entry)
+    if isinstance(entry.method, PaveMerge):
+        yield from _check_purify(entry)
+    for spec in entry.method.spec.parameters:
+        if spec.required and not any(spec.name in scope for scope in entry.scopes):
+            yield error(
+                entry.where, f"{entry.method.spec.name} needs a value for {spec.name}: add "
+                f"`{spec.name}: VALUE` to `parameters`."
+            )
+    if entry.model.lora and not options.lora_merge_cache:
+        yield error(
+            entry.where, f"{entry.model} names an adapter: add --lora-merge-cache DIR to the "
+            "command (a path with a `+` is read as model plus adapter)."
+        )
+    if entry.looked_at and not (entry.get("covariance") or entry.get("calibration_dataset")):
+        yield error(
+            entry.where, f"{entry.model} has no calibration data: add "
+            "`calibration_dataset: NAME_OR_FILE` (its own task data), `covariance: STORE` or, "
+            "without data, `calibration_dataset: none` or `self` to its parameters."
+        )
 
 
 def _check_group(
@@ -218,6 +249,29 @@ def _check_group(
         method.spec.contract.validate_ids(ids, base)
     except ValueError as fault:
         yield error(where, f"{method.spec.name}: {fault} (the base included).")
+
+
+def _check_weights(where: str, entries: Sequence[Input]) -> Iterator[Finding]:
+    """A mean by covariances has to be one of something."""
+    if entries and all(entry.solved and entry.can_be("weight") == {0} for entry in entries):
+        yield error(where, "every weight is 0, which leaves nothing to merge; raise one.")
+
+
+def _check_emr(config: MergeConfiguration) -> Iterator[Finding]:
+    """Its masks are told from one base, by one rescaler, whatever the slices."""
+    for where, base, _ in _groups(config):
+        if base not in (None, config.base_model):
+            mend = "" if config.base_model else f" and add `base_model: {base}` at the top level"
+            yield error(
+                where, f"{config.merge_method} needs one base for the whole model: remove the "
+                f"base_model of the slice{mend}."
+            )
+    values = {value for entry in _entries(config) for value in entry.can_be("rescaler")}
+    if len(values) > 1:
+        yield error(
+            "parameters", "rescaler must be one value for the whole model: give it once, without "
+            "a filter."
+        )
 
 
 def _check_damping(entry: Input) -> Iterator[Finding]:

@@ -182,7 +182,7 @@ def _check_rows(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
     if there is not None and there < spec.num_samples:
         yield Finding(
             "warning", entry.where, f"{spec.dataset} has {there} of the {spec.num_samples} rows of "
-            "num_calibration_samples; more give better covariances."
+            "num_calibration_samples; more give better covariances.", said_again=True
         )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from mergekit_pave.merging import regmean, tsv
 from mergekit_pave.merging.covariances import CovarianceMethod
 from mergekit_pave.numeric import wide
+from mergekit_pave.papers import TSV
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
 from mergekit_pave.spec import spec_of
 from mergekit_pave.statistics import Layer
@@ -53,7 +54,7 @@ class TsvRegMean(CovarianceMethod):
         parameters=tuple(map(spec_of, (*PARAMETERS, *CALIBRATION, COVARIANCE))),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         pretty_name="TSV-Merge and RegMean",
-        reference_url=tsv.PAPER,
+        reference_url=TSV.url,
     )
 
     def merge_layers(

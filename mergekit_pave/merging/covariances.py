@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-from mergekit.merge_methods import GroupMergeMethod, PerInputValues, TensorEntry, TensorGroup
+from mergekit.merge_methods import PerInputValues, TensorEntry, TensorGroup
 from torch import Tensor
 
+from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.merging.planning import PlannedMethod
 from mergekit_pave.statistics import Layer, Statistics
-
-# What mergekit's planner calls a run of layers, before it comes to single tensors.
-_WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
-
-
-def prepare(statistics: Statistics, models: Sequence[Hashable], group_name: str | None) -> None:
-    """What a method that looks at covariances does when mergekit plans a merge."""
-    if group_name and _WHOLE_SLICE.search(group_name):
-        statistics.prepare(models)
 
 
 def is_matrix(group: TensorGroup) -> bool:
@@ -45,7 +37,7 @@ def layer_of(
     )
 
 
-class CovarianceMethod(GroupMergeMethod):
+class CovarianceMethod(PlannedMethod):
     """A method of the fine-tuned weights *and* their layers' inputs.
 
     Its specification has the calibration keys. `merge_layers` is what it does, once the layers
@@ -57,9 +49,8 @@ class CovarianceMethod(GroupMergeMethod):
     def __init__(self, statistics: Statistics):
         self.statistics = statistics
 
-    def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        prepare(self.statistics, input_ids, group_name)
+    def prepare(self, options: LoaderOptions) -> None:
+        self.statistics.prepare(options)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         layers: dict[Hashable, Layer] = {}

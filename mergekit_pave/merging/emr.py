@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from mergekit.merge_methods import (
     BasePolicy,
-    GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     TensorGroup,
@@ -31,12 +30,12 @@ from torch import Tensor
 
 from mergekit_pave import task_masks
 from mergekit_pave.errors import PaveError
+from mergekit_pave.merging.planning import PlannedMethod
 from mergekit_pave.numeric import wide
+from mergekit_pave.papers import EMR
 from mergekit_pave.parameters import Parameter
 from mergekit_pave.spec import spec_of
 from mergekit_pave.task_masks import RESCALERS, Trace
-
-PAPER = "https://arxiv.org/abs/2405.17461"
 
 
 def elect(base: Tensor, models: Sequence[Tensor]) -> Tensor:
@@ -102,13 +101,13 @@ _RESCALER = Parameter(
     accepts=(RESCALERS.__contains__, "one of " + ", ".join(RESCALERS)))
 
 
-class EmrMerge(GroupMergeMethod):
+class EmrMerge(PlannedMethod):
     """Writes the unified model; beside a model on disk also the tasks' masks, as they come."""
 
     spec = MergeMethodSpec(
         name="emr",
         pretty_name="EMR-Merging",
-        reference_url=PAPER,
+        reference_url=EMR.url,
         parameters=(spec_of(_RESCALER),),
         contract=InputContract(base=BasePolicy.REQUIRED),
     )

@@ -33,6 +33,7 @@ from torch import Tensor
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import CovarianceMethod
 from mergekit_pave.numeric import check_finite, double, wide
+from mergekit_pave.papers import REGMEAN
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
 from mergekit_pave.separation import separate
 from mergekit_pave.spec import spec_of
@@ -139,7 +140,7 @@ class RegMean(CovarianceMethod):
         parameters=tuple(map(spec_of, (*PARAMETERS, *CALIBRATION, COVARIANCE))),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         pretty_name="RegMean",
-        reference_url="https://arxiv.org/abs/2212.09849",
+        reference_url=REGMEAN.url,
     )
 
     def merge_layers(

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from mergekit.merge_methods import (
     BasePolicy,
-    GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     TensorGroup,
@@ -37,11 +36,12 @@ from mergekit.merge_methods import (
 from torch import Tensor
 
 from mergekit_pave.merging.covariances import is_matrix
+from mergekit_pave.merging.planning import PlannedMethod
 from mergekit_pave.numeric import check_finite, double, wide
+from mergekit_pave.papers import TSV
 from mergekit_pave.parameters import Parameter
 from mergekit_pave.spec import spec_of
 
-PAPER = "https://arxiv.org/abs/2412.00081"
 # Relative to the largest singular value of a delta. Below are rounding errors of the weights (an
 # adapter that was merged into a weight has rank 16, the delta full rank): as directions with the
 # same rights as the others they would only turn those aside.
@@ -161,7 +161,7 @@ PARAMETERS = (
 )
 
 
-class TaskSingularVectors(GroupMergeMethod):
+class TaskSingularVectors(PlannedMethod):
     """TSV-Merge: the tasks' leading singular vectors, orthogonalised against each other.
 
     Matrices are merged by `merged_delta`, whatever way round they are stored. The vocabulary's
@@ -178,7 +178,7 @@ class TaskSingularVectors(GroupMergeMethod):
     spec = MergeMethodSpec(
         name="tsv_m",
         pretty_name="TSV-Merge",
-        reference_url=PAPER,
+        reference_url=TSV.url,
         parameters=tuple(map(spec_of, PARAMETERS)),
         contract=InputContract(base=BasePolicy.REQUIRED),
         uses_accelerator=True,

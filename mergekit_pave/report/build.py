@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mergekit_pave import allocation, subspace
 from mergekit_pave.merging.tsv import factors, interference, kept_rank
+from mergekit_pave.numeric import wide
 from mergekit_pave.report import measure
 from mergekit_pave.report.gather import Layer, Merge, explained, settings_summary
 from mergekit_pave.report.sample import Sample
@@ -89,7 +90,7 @@ def _member(
 ) -> tuple[subspace.Tail, dict[str, Any]]:
     """One model's tail, as the merge takes it, and its numbers before anything is dropped."""
     settings = layer.settings
-    weight = _wide(merge.weight(layer, number), covariance.device)
+    weight = wide(merge.weight(layer, number).to(covariance.device))
     damped = subspace.damped(covariance, **settings.damping)
     count = allocation.cap(layer.rank, settings.rank_ratio)
     plain = subspace.tail(weight, None, count, subspace="svd")
@@ -98,7 +99,7 @@ def _member(
     values = {"svd": subspace.spectrum(weight, subspace="svd"),
               "covariance": subspace.spectrum(weight, damped)}
     lost = {name: measure.lost_energy(s) for name, s in values.items()}
-    delta = weight - _wide(merge.base_weight(layer), covariance.device)
+    delta = weight - wide(merge.base_weight(layer).to(covariance.device))
     return tail, {
         "spectrum": {name: measure.sample_spectrum(s) for name, s in values.items()},
         "holding": {name: measure.share_holding(e) for name, e in lost.items()},
@@ -132,10 +133,10 @@ def _between(
     """Interference before and after, and whose directions coincide."""
     # As in TSV: all tasks together have as many components as the weight has rank.
     count = kept_rank(layer.shape, len(layer.own))
-    base = _wide(merge.base_weight(layer), device)
+    base = wide(merge.base_weight(layer).to(device))
     before, after = [], []
     for number, basis in bases.items():
-        weight = _wide(merge.weight(layer, number), device)
+        weight = wide(merge.weight(layer, number).to(device))
         before.append(factors(weight - base, count))
         after.append(factors(subspace.purify(weight, basis) - base, count))
     was, was_relative = interference(before)
@@ -153,10 +154,6 @@ def _between(
             "dropped": measure.overlaps([b if b.shape[1] else None for b in bases.values()]),
         },
     }
-
-
-def _wide(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _covariances(merge: Merge, ranks: Mapping[tuple[int, str], float]) -> list[dict[str, Any]]:

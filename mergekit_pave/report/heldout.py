@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mergekit_pave.calibration.data import CalibrationSpec, load_samples
-from mergekit_pave.calibration.run import Resources, cached_store, calibrate
+from mergekit_pave.calibration.data import CalibrationSpec
+from mergekit_pave.calibration.run import Resources, cached_store, calibrate, samples_of
 from mergekit_pave.check.inputs import calibration_spec
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import digest
@@ -58,7 +58,7 @@ def split(
                 f"{model.label} has a finished covariance store, whose rows cannot be split: "
                 "give it rows of its task with --held-out."
             )
-        parts = _parts(model, fraction)
+        parts = _parts(model, fraction, resources)
         identity = digest(model.source.tensors())
         stores = [
             calibrate(model.source, part, folder / f"{number}-{i}", resources,
@@ -70,13 +70,8 @@ def split(
     return replace(merge, models=fitted), held
 
 
-def _parts(model: Model, fraction: float):
-    source = model.source
-    samples = load_samples(
-        calibration_spec(model.entry), source.tokenizer, source.config(),
-        revision=source.revision, trust_remote_code=source.trust_remote_code,
-        cache_dir=source.cache_dir,
-    )
+def _parts(model: Model, fraction: float, resources: Resources):
+    samples = samples_of(model.source, calibration_spec(model.entry), resources)
     count = len(samples.items)
     if count < 2:
         raise PaveError(f"{model.label} has a single calibration row, which cannot be split.")
