@@ -11,6 +11,8 @@ One layer of one model, `rank_ratio` 0.98, 4,096 correlated tokens:
 * damping, decomposition, allocation (over two models), projection: what a merge does with it.
 
 In brackets each phase over the float32 product `W C_e`, the unit of all methods that form it.
+
+`--operations` times what a decomposition could be built from instead: float64, on square matrices.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ SHAPES = {
     "roberta": [(768, 768), (3072, 768), (768, 3072)],
     "llama": [(4096, 4096), (11008, 4096), (4096, 11008)],
     "gqa": [(1024, 4096)],
+    "square": [(2048, 2048)],
 }
 
 
@@ -85,19 +88,47 @@ def layer(out: int, width: int, repeats: int, clock: Callable[[], float], device
     }  # fmt: skip
 
 
+def operations(width: int, repeats: int, clock: Callable[[], float], device: str) -> dict:
+    """Seconds of single operations on (width, width) float64, a block as long as a tail needs."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(width, width, generator=generator, dtype=torch.float64).to(device)
+    c = a @ a.mT / width + torch.eye(width, dtype=a.dtype, device=device)
+    count = cap(width, RATIO)
+    block, watch = a[:, : count + max(8, count // 2)].contiguous(), Stopwatch(clock, device)
+    upper = torch.linalg.qr(a, mode="r").R
+    for turn in range(repeats + 1):
+        if turn == 1:
+            watch.seconds.clear()
+        watch("product", lambda: a @ c)
+        watch("float32 product", lambda: a.float() @ c.float())
+        watch("QR", lambda: torch.linalg.qr(a, mode="r"))
+        watch("LU", lambda: torch.linalg.lu_factor(a))
+        watch("Cholesky", lambda: torch.linalg.cholesky(c))
+        watch("a block's triangular solve",
+              lambda: torch.linalg.solve_triangular(upper, block, upper=True))
+        watch("a block's product", lambda: block.mT @ a)
+    return {name: statistics.median(times) for name, times in watch.seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", choices=(*SHAPES, "all"), default="roberta")
-    parser.add_argument("--repeats", type=int, help="turns (5, or 1 beyond RoBERTa's shapes)")
+    parser.add_argument("--operations", action="store_true", help="of widths 768 and 2048 instead")
+    parser.add_argument("--repeats", type=int, help="turns (5, or 1 for the large shapes)")
     parser.add_argument("--cpu-time", action="store_true", help="processor, not wall clock")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
-    chosen = SHAPES if args.shapes == "all" else (args.shapes,)
+    chosen = () if args.operations else SHAPES if args.shapes == "all" else (args.shapes,)
     rows = []
+    for width in (768, 2048) if args.operations else ():
+        found = operations(width, args.repeats or 5, clock, args.device)
+        rows.append({"width": width, "medians_s": found})
+        listed = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in found.items())
+        print(f"{width}: {listed}", flush=True)
     for group in chosen:
-        repeats = args.repeats or (5 if group == "roberta" else 1)
+        repeats = args.repeats or (1 if group in ("llama", "gqa") else 5)
         for shape in SHAPES[group]:
             rows.append(layer(*shape, repeats, clock, args.device))
             phases = ", ".join(

@@ -141,13 +141,15 @@ def compare(out: int, width: int, repeats: int, clock: Callable[[], float]) -> d
     (w, c), (theirs, their_drop, eps) = ready[0], results["paper"][0]
     mine, my_drop, route = results["ours"][0]
     my_c = damped(c, dampening_frac=0.01)
-    directions = tail(w, my_c, cap(min(out, width), RATIO)).basis[:, :my_drop]
+    found = tail(w, my_c, cap(min(out, width), RATIO))
+    directions = found.basis[:, :my_drop]
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "shape": [out, width],
         "medians_s": medians,
         "ratios": {name: medians["paper"] / medians[name] for name in FASTER},
         "route": route,
+        "condition number of A": found.largest / found.values[0].item(),
         "dropped": [d for _, d, _ in results["ours"]],
         "paper": accuracy(w, theirs, damped(c, regularization=eps), their_drop) | {"eps": eps},
         "ours": accuracy(w, mine, my_c, my_drop),
@@ -158,7 +160,8 @@ def compare(out: int, width: int, repeats: int, clock: Callable[[], float]) -> d
 def show(row: dict) -> None:
     times = ", ".join(f"{name} {1e3 * t:.0f} ms" for name, t in row["medians_s"].items())
     ratios = ", ".join(f"{name} {x:.1f}x" for name, x in row["ratios"].items())
-    print(f"{row['shape'][0]}x{row['shape'][1]}: {ratios}  ({times}; {row['route']})")
+    condition = f"condition number {row['condition number of A']:.1g}"
+    print(f"{row['shape'][0]}x{row['shape'][1]}: {ratios}  ({times}; {row['route']}; {condition})")
     for who in ("paper", "ours", "ours, directions"):
         print(f"    {who}: " + ", ".join(f"{k} {v:.3g}" for k, v in row[who].items()))
 
