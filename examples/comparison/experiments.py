@@ -29,7 +29,8 @@ EXPERIMENTS = ("interference", "conflict", "separation")
 FORMS = ("none", "weight", "delta", "separate")
 DROPPED = (0.25, 0.5, 0.75, 0.9)  # of every task vector
 PAPER_RATIOS = (0.998, 0.98, 0.9)  # of every weight
-STRENGTHS = (0.4, 0.6, 0.9)  # below, none of the forms is at its best
+STRENGTHS = (0.25, 0.4, 0.6, 0.9)
+PAIRED = 0.6  # the strength at which pairs are compared
 
 
 def main() -> None:
@@ -174,6 +175,7 @@ def purified_alone(bench, seed: int, form: str, task: str) -> dict:
 def conflict(bench, seed: int) -> list[dict]:
     """The worst pair of tasks: score on test rows as parts of the task vectors go."""
     from compare import mean_strength
+    from intervals import bootstrap
     from methods import METHODS, Method
 
     methods = {method.name: method for method in METHODS}
@@ -185,7 +187,7 @@ def conflict(bench, seed: int) -> list[dict]:
     plain, merged = methods["task_arithmetic"], {}
     for tasks in itertools.combinations(bench.tasks, 2):
         pair = _pair(bench, tasks)
-        merged[pair] = score(pair, plain, "validation", STRENGTHS[1])
+        merged[pair] = score(pair, plain, "validation", PAIRED)
         print(f"  {' and '.join(tasks)}: {merged[pair]:.4f}", flush=True)
     pair = min(merged, key=merged.__getitem__)
     dare = Method("dare", "dare_linear", "plain", model_parameters={"weight": 1.0})
@@ -208,15 +210,21 @@ def conflict(bench, seed: int) -> list[dict]:
     tried += [("what answers to the other's inputs (separate)", 0.0,
                methods[by_name("separate")], {})]
     rows = []
+    found = {name: [scores] for name, scores in pair.references(seed, "test").items()}
     for what, share, method, changes in tried:
         # Each at its best strength, on validation rows.
         tuned = {s: score(pair, method, "validation", s, **changes) for s in STRENGTHS}
         best = max(tuned, key=tuned.__getitem__)
-        rows.append({
-            "dropped": what, "share": share, "strength": best,
-            "score": score(pair, method, "test", best, **changes),
-        })  # fmt: skip
-        print(f"  {rows[-1]}", flush=True)
+        found[f"{what} {share}"] = [_pair_scores(pair, method, "test", seed, best, changes)]
+        rows.append({"dropped": what, "share": share, "strength": best})
+    drawn = bootstrap(
+        found, pair.groups("test"), pair.setting.strength, resample_tasks=False
+    )
+    for row in rows:
+        name = f"{row['dropped']} {row['share']}"
+        over = drawn.difference(name, "nothing 0.0").as_dict()
+        row["score"] = drawn.score(name).value
+        row["over nothing"] = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**over)
     return [{"dropped": f"({' and '.join(pair.tasks)})"}, *rows]
 
 
