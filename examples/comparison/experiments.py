@@ -59,7 +59,11 @@ def main() -> None:
     out = args.out.resolve() / "encoder"
     os.environ["MERGEKIT_PAVE_CACHE"] = str(out / "cache")
     bench = Bench(encoder, out, quick=False)
-    bench.prepare((args.seed,))
+    if missing := [task for task in bench.tasks if not bench.place(args.seed).expert(task).exists()]:
+        raise SystemExit(
+            f"No experts of seed {args.seed} for {', '.join(missing)} in {out}: train them with "
+            f"run.py --setting encoder --only average --ablations none --seeds {args.seed}"
+        )
     for name in args.experiments or EXPERIMENTS:
         found = globals()[name](bench, args.seed)
         (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
