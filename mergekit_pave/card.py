@@ -353,4 +353,6 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
         click.echo(push_merge(folder, push, private=private))
     else:
         write_card(folder)
-        click.echo(f"{Path(folder) / CARD}: complete.")
+        click.echo(
+            f"{Path(folder) / CARD}: complete; no local path is left in it and in {CONFIGURATION}."
+        )

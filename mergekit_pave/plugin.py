@@ -114,6 +114,8 @@ def _guard(module: ModuleType) -> None:
 
         name = merge_config.merge_method
         if not check.is_ours(name) and not check.looks_like_ours(name):
+            if warning := check.ignored(merge_config):
+                logger.warning("%s", warning)
             return original(merge_config, out_path, options, config_source)
         loading = LoaderOptions(
             options.transformers_cache,

@@ -378,6 +378,18 @@ def test_the_default_device_of_a_worker_does_not_matter(
     assert all(torch.equal(there[name], here[name]) for name in here)
 
 
+def test_a_plain_method_says_that_it_ignores_keys_of_ours(families, texts, tmp_path, caplog):
+    config = config_of(families("llama"), "ties", texts, purify="separate")
+    config["models"][0]["parameters"]["calibration_dataset"] = str(texts[0])
+    merge(config, tmp_path / "out")
+    (said,) = (r.message for r in caplog.records if "ignores" in r.message)
+    assert said == (
+        "ties ignores calibration_dataset, purify; the method that purifies is pave_ties.")
+    caplog.clear()
+    merge(config_of(families("llama"), "ties", texts), tmp_path / "plain")
+    assert not [r for r in caplog.records if "ignores" in r.message]
+
+
 def test_tensors_in_memory_take_a_store(families, texts, tmp_path):
     paths = families("llama")
     store = calibration_run.calibrate_to(

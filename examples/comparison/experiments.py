@@ -59,7 +59,8 @@ def main() -> None:
     out = args.out.resolve() / "encoder"
     os.environ["MERGEKIT_PAVE_CACHE"] = str(out / "cache")
     bench = Bench(encoder, out, quick=False)
-    if missing := [task for task in bench.tasks if not bench.place(args.seed).expert(task).exists()]:
+    expert = bench.place(args.seed).expert
+    if missing := [task for task in bench.tasks if not expert(task).exists()]:
         raise SystemExit(
             f"No experts of seed {args.seed} for {', '.join(missing)} in {out}: train them with "
             f"run.py --setting encoder --only average --ablations none --seeds {args.seed}"

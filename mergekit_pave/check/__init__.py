@@ -16,12 +16,15 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.inputs import check_inputs, configuration
-from mergekit_pave.check.keys import check_keys, is_ours, looks_like_ours, read_yaml
+from mergekit_pave.check.keys import check_keys, ignored, is_ours, looks_like_ours, read_yaml
 from mergekit_pave.check.models import Allowances, check_data, check_models
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
 
-__all__ = ["Allowances", "Finding", "check", "is_ours", "looks_like_ours", "preflight", "read_yaml"]
+__all__ = [
+    "Allowances", "Finding", "check", "ignored", "is_ours", "looks_like_ours", "preflight",
+    "read_yaml",
+]
 
 
 def check(

@@ -95,6 +95,32 @@ def looks_like_ours(name: str) -> bool:
     return name not in known and ("pave" in plain or bool(near and is_ours(near[0])))
 
 
+def ignored(config: MergeConfiguration) -> str | None:
+    """A warning where keys of a purified method stand under the plain one, which drops them."""
+    name = config.merge_method
+    if PREFIX + name not in _ours():
+        return None
+    own = {parameter.name for parameter in merge_methods.get(name).spec.parameters}
+    found = [key for key in _parameter_names(config.model_dump()) if key in {*PARAMETERS} - own]
+    if not found:
+        return None
+    return (
+        f"{name} ignores {', '.join(sorted(set(found)))}; the method that purifies is "
+        f"{PREFIX + name}."
+    )
+
+
+def _parameter_names(raw: Any) -> Iterator[str]:
+    """Of every `parameters` mapping of a configuration."""
+    if isinstance(raw, list):
+        for item in raw:
+            yield from _parameter_names(item)
+    elif isinstance(raw, dict):
+        yield from raw.get("parameters") or {}
+        for value in raw.values():
+            yield from _parameter_names(value)
+
+
 # --- keys ----------------------------------------------------------------------------------
 
 
