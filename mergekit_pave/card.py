@@ -25,7 +25,7 @@ from mergekit_pave.check.inputs import configuration, inputs
 from mergekit_pave.check.keys import is_ours, our_method
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import CovarianceMethod
-from mergekit_pave.method import PaveMerge
+from mergekit_pave.method import PaveMerge, unwrapped
 from mergekit_pave.papers import ABOUT, PAVE
 from mergekit_pave.parameters import DATA_FREE, DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS
 from mergekit_pave.plugin import register
@@ -124,7 +124,7 @@ def _load(folder: Path, text: str) -> ModelCard:
 def _complete_metadata(card: ModelCard, config: MergeConfiguration, facts: Mapping) -> None:
     data, method = card.data, our_method(config.merge_method)
     tags = ["pave"] if isinstance(method, PaveMerge) else []
-    tags += [name for name in [_inner(method).spec.name] if name in ABOUT]
+    tags += [name for name in [unwrapped(method).spec.name] if name in ABOUT]
     data.tags = _unique([*(data.tags or []), *TAGS, *tags])
     data.base_model = _parents(config, facts, data.base_model)
     if data.base_model:
@@ -172,7 +172,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 def section(config: MergeConfiguration, facts: Mapping, figure: str | None = None) -> str:
     """Method, calibration and citation, as Markdown."""
     method = our_method(config.merge_method)
-    inner, purified = _inner(method), _purified(config, facts)
+    inner, purified = unwrapped(method), _purified(config, facts)
     about = ABOUT.get(inner.spec.name)
     parts, papers = [], [PAVE] if purified else []
     if about:
@@ -188,11 +188,6 @@ def section(config: MergeConfiguration, facts: Mapping, figure: str | None = Non
         cited = "\n\n".join(paper.bibtex for paper in papers)
         parts += ["## Citation", f"```bibtex\n{cited}\n```"]
     return "\n\n".join(part for part in parts if part)
-
-
-def _inner(method: MergeMethod) -> MergeMethod:
-    """The method itself, or the one that a purified twin wraps."""
-    return getattr(method, "inner", method)
 
 
 def _purified(config: MergeConfiguration, facts: Mapping) -> bool:
@@ -284,7 +279,7 @@ def _remarks(
     config: MergeConfiguration, facts: Mapping[str, Any], purified: bool
 ) -> Iterator[str]:
     method = our_method(config.merge_method)
-    treated = (method if purified else _inner(method)).treated
+    treated = (method if purified else unwrapped(method)).treated
     if purified:
         yield _settings(config.parameters)
     # What a twin counts is what it purified.

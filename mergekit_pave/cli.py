@@ -245,9 +245,11 @@ def methods() -> None:
     names = register()
     from mergekit import merge_methods
 
+    from mergekit_pave.method import unwrapped
+
     for name in names:
         method = merge_methods.get(name)
-        spec = getattr(method, "inner", method).spec
+        spec = unwrapped(method).spec
         click.echo(f"{name:24} {spec.pretty_name or spec.name}  {spec.reference_url or ''}")
 
 

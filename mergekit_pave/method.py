@@ -40,6 +40,11 @@ def can_wrap(method: MergeMethod) -> bool:
     return spec.contract.base == BasePolicy.REQUIRED and not spec.name.startswith(PREFIX)
 
 
+def unwrapped(method: MergeMethod) -> MergeMethod:
+    """The method itself, or the one that a purified twin wraps."""
+    return method.inner if isinstance(method, PaveMerge) else method
+
+
 class PaveMerge(PlannedMethod):
     """Purify every linear weight (PAVE, arXiv 2510.14697), then merge with `inner`.
 

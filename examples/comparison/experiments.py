@@ -222,9 +222,7 @@ def conflict(bench, seed: int) -> list[dict]:
         best = max(tuned, key=tuned.__getitem__)
         found[f"{what} {share}"] = [_pair_scores(pair, method, "test", seed, best, changes)]
         rows.append({"dropped": what, "share": share, "strength": best})
-    drawn = bootstrap(
-        found, pair.groups("test"), pair.setting.strength, resample_tasks=False
-    )
+    drawn = bootstrap(found, pair.groups("test"), pair.setting.strength, resample_tasks=False)
     for row in rows:
         name = f"{row['dropped']} {row['share']}"
         over = drawn.difference(name, "nothing 0.0").as_dict()
@@ -332,7 +330,7 @@ def separation(bench, seed: int) -> list[dict]:
     rows = []
     for what, values, rescaled in shapes:
         total, scores = summed(values, rescaled), {}
-        for strength in STRENGTHS if rescaled else (*STRENGTHS, 1.3):
+        for strength in (*STRENGTHS[1:], 1.3):
             model = {n: (t.double() + strength * total[n]).to(t) for n, t in base.items()}
             scores[strength] = mean_strength(bench, _scored(bench, seed, model), references)
         best = max(scores, key=scores.__getitem__)

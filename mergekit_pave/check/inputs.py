@@ -18,7 +18,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.merging.covariances import CovarianceMethod
 from mergekit_pave.merging.emr import EmrMerge
-from mergekit_pave.method import PaveMerge
+from mergekit_pave.method import PaveMerge, unwrapped
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, DATA_FREE, PARAMETERS
 
 
@@ -67,7 +67,7 @@ class Input:
     @property
     def solved(self) -> bool:
         """Whether the merge itself is made by the covariances, purified or not."""
-        return isinstance(getattr(self.method, "inner", self.method), CovarianceMethod)
+        return isinstance(unwrapped(self.method), CovarianceMethod)
 
     @property
     def looked_at(self) -> bool:
@@ -195,7 +195,7 @@ def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator
             if (entry.model, finding.what) not in said:
                 said.add((entry.model, finding.what))
                 yield finding
-    if isinstance(getattr(method, "inner", method), EmrMerge):
+    if isinstance(unwrapped(method), EmrMerge):
         yield from _check_emr(config)
     yield from _check_slices(config)
 
