@@ -88,17 +88,18 @@ def _own_files(folder: Path) -> dict[str, Path]:
 
 
 @click.command("reconstruct")
-@click.argument("task", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("compressed", metavar="OUT/TASK",
+                type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base model, needed where it is not on the Hub.")
 @click.option("--lora-merge-cache", help="Folder for the merged copy of a base with an adapter.")
 @click.option("--transformers-cache", help="Folder for downloads.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the base's repository run code.")
-def reconstruct_command(task, out, base, lora_merge_cache, transformers_cache,
+def reconstruct_command(compressed, folder, base, lora_merge_cache, transformers_cache,
                         trust_remote_code) -> None:
-    """Write the model folder OUT from a compressed fine-tune TASK and its base.
+    """Write the model folder DIR from a compressed fine-tune and its base.
 
-    TASK is a task's folder in what `compress` wrote. The base has to be the very one it was
+    OUT/TASK is a task's folder in what `compress` wrote. The base has to be the very one it was
     compressed against, which is checked by its values.
 
     \b
@@ -107,5 +108,5 @@ def reconstruct_command(task, out, base, lora_merge_cache, transformers_cache,
         mergekit-pave reconstruct compressed/math-expert ./math --base ./base
     """
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    reconstruct(task, out, base=base, options=options)
-    click.echo(f"{out}: reconstructed from {task}.")
+    reconstruct(compressed, folder, base=base, options=options)
+    click.echo(f"{folder}: reconstructed from {compressed}.")
