@@ -24,7 +24,7 @@ from mergekit.io.tensor_writer import TensorWriter
 from torch import Tensor
 
 from mergekit_pave import hub
-from mergekit_pave.calibration.model import model_class
+from mergekit_pave.calibration.model import empty_model
 from mergekit_pave.check.inputs import configuration, model_reference
 from mergekit_pave.check.keys import read_yaml
 from mergekit_pave.check.models import read_config
@@ -67,9 +67,9 @@ def load_task_model(
     folder = _folder(merged, options)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
-    if trust_remote_code:
-        kwargs["trust_remote_code"] = True
-    model = model_class(config).from_pretrained(None, config=config, state_dict=state, **kwargs)
+    # An `AutoModel` looks for the code of a repository, and there is none: only a state.
+    concrete = type(empty_model(config, trust_remote_code))
+    model = concrete.from_pretrained(None, config=config, state_dict=state, **kwargs)
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

@@ -97,8 +97,10 @@ class PaveMerge(PlannedMethod):
             merged = self.inner.merge_layers(purified, layers, **inner)
         else:
             (merged,) = self.inner((purified,), parameters=inner)
+        if purified is group:
+            return merged
         merged = merged.to(group.entries[0].tensor.dtype)
-        if purified is not group and not torch.isfinite(merged).all():
+        if not torch.isfinite(merged).all():
             raise PaveError(
                 f"The merge of {name} holds NaN or Inf; lower the weights, or "
                 "set rank_ratio: 1.0 for this tensor with a filter."

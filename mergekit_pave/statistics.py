@@ -7,6 +7,7 @@ covariance store once, under a lock, however many threads merge.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import zlib
@@ -227,12 +228,12 @@ class Statistics:
     def _open(
         self, model: Hashable, values: Mapping[str, Any], device: torch.device
     ) -> CovarianceStore:
-        if not isinstance(model, ModelReference):
+        if not isinstance(model, ModelReference) or _is_file(model):
             if values["covariance"]:
                 return fetch_store(values["covariance"], self._options)
             raise PaveError(
-                f"Input {model!r} is a tensor in memory, which cannot be calibrated: write a "
-                "store with `mergekit-pave calibrate` and give it as covariance."
+                f"Input {str(model)!r} is tensors without a config, which cannot be calibrated: "
+                "write a store with `mergekit-pave calibrate` and give it as covariance."
             )
         if not (values["covariance"] or values["calibration_dataset"]):
             raise PaveError(
@@ -247,6 +248,11 @@ class Statistics:
         """Where no data tells them apart: the layers of the model's class, by name."""
         if not isinstance(model, ModelReference) or name is None:
             return Layer(name or "", False, _no_covariance)
+        if _is_file(model):
+            raise PaveError(
+                f"Nothing tells which tensors of {model} are weights of linear layers: name model "
+                "folders to mergekit-yaml, or give covariance (a store)."
+            )
         with self._lock:
             if model not in self._plain:
                 config = model.config(trust_remote_code=self._options.trust_remote_code)
@@ -281,6 +287,11 @@ def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
         return (delta.T @ delta / len(delta)).to(torch.float32)
 
     return replace(layer, covariance=covariance)
+
+
+def _is_file(model: ModelReference) -> bool:
+    """Tensors without a config, as `mergekit-pytorch` reads them."""
+    return os.path.isfile(model.model.path)
 
 
 def _no_covariance() -> Tensor:

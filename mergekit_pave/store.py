@@ -173,6 +173,7 @@ class CovarianceStore:
                 f"version of mergekit-pave reads format {FORMAT}; recalibrate the model."
             )
         self.manifest: dict[str, Any] = manifest
+        self._verified: dict[str, set[torch.dtype]] = {}
         try:
             self.sites = {name: Site(**site) for name, site in manifest["sites"].items()}
             self.weights = {
@@ -222,8 +223,8 @@ class CovarianceStore:
         return None
 
     def _is(self, key: str, seen: Tensor, dtype: torch.dtype) -> bool:
-        kept_dtype = getattr(torch, self.weights[key].dtype)
-        return bool(same(seen, self._fingerprints[key], kept_dtype, dtype))
+        lived_in = (getattr(torch, self.weights[key].dtype), *self._verified.get(key, ()), dtype)
+        return bool(same(seen, self._fingerprints[key], *lived_in))
 
     def namesake(self, name: str, shape: tuple[int, ...]) -> str | None:
         """A weight of this store with that name, up to a prefix, and that shape."""
@@ -233,13 +234,18 @@ class CovarianceStore:
         return None
 
     def verify(self, tensors: Iterator[tuple[str, Tensor]], model: str) -> None:
-        """Raise `PaveError` unless the store was computed for this checkpoint's weights."""
+        """Raise `PaveError` unless the store was computed for this checkpoint's weights.
+
+        From now on `find` also knows weights that were rounded to the checkpoint's dtype and
+        widened again, as a merge does with a bfloat16 copy of a float32 model.
+        """
         anything = False
         for name, tensor in tensors:
             if tensor.ndim != 2:
                 continue
-            if self.find(name, tensor):
+            if found := self.find(name, tensor):
                 anything = True
+                self._verified.setdefault(found, set()).add(tensor.dtype)
             elif self.namesake(name, tuple(tensor.shape)):
                 raise PaveError(
                     f"The covariance store {self.folder} was computed for other weights than "

@@ -224,6 +224,18 @@ def test_cache_is_addressed_by_content(families, texts, tmp_path, monkeypatch):
     assert folder(copy) == first and len(calls) == 4
 
 
+def test_a_store_found_again_names_the_data_as_they_are_called_now(families, texts, tmp_path):
+    source = source_of(families("llama")["expert0"])
+    secret, renamed = tmp_path / "acme-secret.jsonl", tmp_path / "task.jsonl"
+    secret.write_bytes(texts[0].read_bytes())
+    first = cached_store(source, spec_of(secret), Resources())
+    assert first.manifest["data"]["dataset"] == "acme-secret.jsonl"
+    secret.rename(renamed)
+    again = cached_store(source, spec_of(renamed), Resources())
+    assert again.folder == first.folder
+    assert again.manifest["data"] == {**first.manifest["data"], "dataset": "task.jsonl"}
+
+
 def test_an_interrupted_calibration_is_resumed(families, texts, tmp_path, monkeypatch):
     source, spec = source_of(families("llama")["expert0"]), spec_of(texts[0])
     whole = calibrate_to(source, spec, tmp_path / "whole", Resources(statistics_memory=1))

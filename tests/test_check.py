@@ -98,6 +98,8 @@ BAD = [
       "`models[].parameters`"]),
     (f"{MODEL}.num_calibration_samples", [8, 16],
      ["models[0].parameters.num_calibration_samples", "single value", "gradient"]),
+    (f"{MODEL}.text_column", ["question", "answer"],
+     ["models[0].parameters.text_column", "single value", 'text_column: "question,answer"']),
     (f"{MODEL}.covariance", ["a", "b"], ["models[0].parameters.covariance", "single value"]),
     (f"{MODEL}.calibration_seed", [1], ["models[0].parameters.calibration_seed", "single value"]),
     (f"{SHARED}.subspace", ["svd", "random"], ["parameters.subspace", "single value", "`filter`"]),
@@ -593,6 +595,17 @@ def test_preflight_reads_the_source_for_keys_that_mergekit_drops(good):
 @pytest.mark.parametrize("source", [None, "", "a label", "merge_method: pave_ties\nmodels: []"])
 def test_preflight_without_the_true_source(good, source):
     assert preflight(MergeConfiguration.model_validate(good), source, OPTIONS) == []
+
+
+def test_preflight_without_a_source_copes_with_spaces(good, families, tmp_path):
+    folder = tmp_path / "a model"
+    folder.symlink_to(families("llama")["expert0"])
+    good["models"][0]["model"] = str(folder)
+    config = MergeConfiguration.model_validate(good)
+    assert preflight(config, None, OPTIONS) == []
+    config.parameters["rank_ratio"] = 2.0
+    with pytest.raises(PaveError, match="rank_ratio"):
+        preflight(config, None, OPTIONS)
 
 
 def test_preflight_says_how_many_more(good):

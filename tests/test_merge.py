@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from click.testing import CliRunner, Result
 from conftest import CLASSES, make_family, write_images, write_texts, write_tokenizer
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import TensorGroup, get, merge_tensors, registered_methods
 from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import main as pytorch_command
 from safetensors.torch import load_file
 from test_calibration import reference, source_of, spec_of
 
@@ -132,6 +134,17 @@ def test_ratio_one_is_bit_for_bit_the_plain_method(families, texts, tmp_path, me
     plain = merge(config_of(paths, method, texts), tmp_path / "plain")
     ours = merge(config_of(paths, "pave_" + method, texts, rank_ratio=1.0), tmp_path / "pave")
     assert plain.keys() == ours.keys()
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
+
+
+def test_ratio_one_keeps_the_dtype_of_the_plain_method(families, texts, tmp_path):
+    # It computes in float32 and leaves the cast to mergekit.
+    paths = families("llama")
+    config = config_of(paths, "arcee_fusion", texts, experts=1) | {"dtype": "bfloat16"}
+    del config["models"][0]["parameters"]
+    plain = merge(config, tmp_path / "plain")
+    config |= {"merge_method": "pave_arcee_fusion", "parameters": {"rank_ratio": 1.0}}
+    ours = merge(config, tmp_path / "pave")
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
 
 
@@ -405,6 +418,36 @@ def test_tensors_in_memory_take_a_store(families, texts, tmp_path):
     with pytest.raises(PaveError, match="cannot be calibrated"):
         merge_tensors([base, expert], **arguments, parameters={
             "weight": 1.0, "calibration_dataset": str(texts[0])})
+
+
+def test_bare_files_of_tensors_are_refused_where_their_layers_matter(families, tmp_path):
+    paths = families("llama")
+    files = {name: folder / "model.safetensors" for name, folder in paths.items()}
+    source = {
+        "base_model": str(files["base"]), "models": [{"model": str(files["expert0"])}],
+        "parameters": {"weight": 1.0, "calibration_dataset": "none"}, "dtype": "float32",
+    }
+
+    def run(method: str, **parameters) -> Result:
+        own = source["parameters"] | parameters
+        if method == "emr":
+            own = {}
+        config = tmp_path / f"{method}.yml"
+        config.write_text(yaml.safe_dump(source | {"merge_method": method, "parameters": own}))
+        out = tmp_path / method
+        return CliRunner().invoke(pytorch_command, [str(config), str(out)])
+
+    refused = [
+        (run("regmean"), "Nothing tells which tensors .* name model folders"),
+        (run("pave_task_arithmetic"), "Nothing tells which tensors .* name model folders"),
+        (run("tsv_regmean", calibration_dataset="x.jsonl"), "calibrated: .*give it as covariance"),
+        (run("emr"), "masks beside a model folder.*name model folders"),
+    ]
+    for result, words in refused:
+        assert result.exit_code == 1
+        assert re.search(f"Error: .*{words}", result.output), result.output
+    plain = run("pave_task_arithmetic", rank_ratio=1.0)
+    assert plain.exit_code == 0, plain.output
 
 
 def test_spectral_allocation_spends_the_same_budget_otherwise(families, texts, tmp_path):

@@ -187,9 +187,17 @@ def test_it_says_what_is_missing(families, texts, tmp_path):
         merge(config, tmp_path / "out")
     with pytest.raises(PaveError, match="models: every weight is 0"):
         merge(_config(paths, "regmean", texts, weight=0.0), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean"])
+def test_where_every_weight_is_zero_the_base_stays(families, texts, tmp_path, method):
+    paths = families("llama")
     some = [{"filter": "mlp", "value": 0.0}, {"value": 1.0}]
-    with pytest.raises(PaveError, match="every weight of .*mlp.* is 0"):
-        merge(_config(paths, "regmean", texts, weight=some), tmp_path / "out")
+    merged = merge(_config(paths, method, texts, weight=some), tmp_path / "out")
+    base = tensors_of(paths["base"])
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert not any("mlp" in name for name in changed)
+    assert sum("self_attn" in name for name in changed) == 8
 
 
 def test_in_memory_it_needs_a_store():

@@ -94,6 +94,16 @@ def test_values_decide_which_layer_it_is(store):
     assert store.find(first, w[first].T) is None
 
 
+def test_rounded_weights_are_known_once_their_checkpoint_is(store):
+    rounded = {name: w.to(torch.bfloat16) for name, w in store.originals.items()}
+    first = next(iter(rounded))
+    widened = rounded[first].float()
+    assert store.find(first, widened) is None
+    store.verify(iter(rounded.items()), "mine")
+    assert store.find(first, widened) == first
+    assert store.find(first, widened + 1e-3) is None
+
+
 def test_other_weights_are_refused_when_opened(store):
     store.verify(iter(store.originals.items()), "mine")
     first = store.originals["model.layers.0.up.weight"]

@@ -53,6 +53,11 @@ class Samples:
     tokens: int
     notes: dict[str, Any]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a manifest says of them."""
+        return {**self.notes, "tokens": self.tokens, "digest": self.digest}
+
 
 def load_samples(
     spec: CalibrationSpec,

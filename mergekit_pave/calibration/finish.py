@@ -48,7 +48,7 @@ def finish(
     _warn_about(source, writer, skipped)
     about = {
         "model": {"id": source.label, "revision": source.revision, "digest": model_digest},
-        "data": {**samples.notes, "tokens": samples.tokens, "digest": samples.digest},
+        "data": samples.about,
         "versions": {
             name: version(name) for name in ("mergekit-pave", "torch", "transformers", "accelerate")
         },

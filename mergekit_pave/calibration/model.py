@@ -156,7 +156,7 @@ def load_model(
     config = source.config()
     refuse_quantised(config, source.label)
     dtype = _compute_dtype(config, device)
-    size = _checkpoint_bytes(source.path)
+    size = _checkpoint_bytes(source.path, config)
     room = max_memory if max_memory is not None else int(psutil.virtual_memory().available * 0.7)
     placement: dict[str, Any] = {}
     if device.type != "cpu":
@@ -219,11 +219,10 @@ def _accelerator_memory(device: torch.device, room: int) -> dict[int | str, int]
     return {**limits, "cpu": room}
 
 
-def _checkpoint_bytes(path: str) -> int:
-    """Bytes of the weights when held as float32, from the shards' headers or sizes."""
+def _checkpoint_bytes(path: str, config: PretrainedConfig) -> int:
+    """Bytes of the weights when held as float32, from the sizes of the shards."""
     folder = Path(path)
     index = ShardedTensorIndex.from_disk(path)
     size = sum((folder / shard.filename).stat().st_size for shard in index.shards)
-    config = transformers.AutoConfig.from_pretrained(path) if index.is_safetensors else None
     half = str(getattr(config, "dtype", "")).endswith("16")
     return size * (2 if half else 1)

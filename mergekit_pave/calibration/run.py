@@ -54,7 +54,11 @@ def cached_store(
         with locked(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
                 return calibrate(source, samples, folder, resources, spec.batch_size, model_digest)
-    return CovarianceStore(folder)
+    store = CovarianceStore(folder)
+    # The same rows may have had another name when they were counted, one that is not to be
+    # published any more.
+    store.manifest["data"] = samples.about
+    return store
 
 
 def calibrate_to(

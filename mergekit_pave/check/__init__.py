@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_pave.check.finding import Finding
@@ -84,4 +85,13 @@ def _as_written(config: MergeConfiguration, source: str | None) -> Any:
                 return raw
         except PaveError:
             pass
-    return config.model_dump(mode="json", exclude_none=True)
+    return _named(config.model_dump(exclude_none=True))
+
+
+def _named(value: Any) -> Any:
+    """`value` with models as strings: mergekit gives up on turning a path with a space into one."""
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    return str(value) if isinstance(value, ModelReference) else value

@@ -235,11 +235,12 @@ def _check_value(spec: ParameterSpec, value: Any, where: str) -> Iterator[Findin
     ours = getattr(spec, "parameter", None)
     if isinstance(value, list) and ours and not ours.gradient:
         if ours.per_model or not all(isinstance(v, dict) for v in value):
-            mend = (
-                "give each model its own under `models[].parameters`"
-                if ours.per_model
-                else "give one value, or items with `filter` and `value`"
-            )
+            if spec.name == "text_column":
+                mend = f'to join columns write text_column: "{",".join(map(str, value))}"'
+            elif ours.per_model:
+                mend = "give each model its own under `models[].parameters`"
+            else:
+                mend = "give one value, or items with `filter` and `value`"
             yield error(
                 where, "must be a single value: mergekit reads a list as a gradient over the "
                 f"layers; {mend}."

@@ -122,11 +122,13 @@ def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConf
         config = model.config(trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as fault:
         reason = str(fault).strip().splitlines()[0].rstrip(".:")
-        mend = (
-            "repair its config.json, or upgrade transformers if the architecture is a new one"
-            if folder.exists()
-            else "check the name, the network and, for a gated model, `hf auth login`"
-        )
+        if "trust_remote_code" in str(fault):
+            reason = "it needs Python code of its own repository"
+            mend = "read that code, and add --trust-remote-code if you trust it"
+        elif folder.exists():
+            mend = "repair its config.json, or upgrade transformers for a new architecture"
+        else:
+            mend = "check the name, the network and, for a gated model, `hf auth login`"
         raise PaveError(f"Cannot read the config of {path} ({reason}): {mend}.") from fault
     refuse_quantised(config, path)
     return config

@@ -20,6 +20,7 @@ from math import isfinite
 from typing import NamedTuple
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.merge_methods import (
     BasePolicy,
     InputContract,
@@ -120,6 +121,11 @@ class EmrMerge(PlannedMethod):
         if recorder := task_masks.active():
             traces = ((e.id, trace(base, e.tensor, merged)) for e in group.non_base)
             recorder.add(group, _finite(traces, group.metadata.name), rescaler)
+        elif isinstance(group.base.id, ModelReference):  # not tensors in memory
+            raise PaveError(
+                "emr writes masks beside a model folder, and this is none: name model folders to "
+                "mergekit-yaml."
+            )
         return merged
 
 

@@ -148,8 +148,6 @@ class RegMean(CovarianceMethod):
     ) -> Tensor:
         base, models = group.base.tensor, group.non_base
         weights = [parameters["weight"][entry.id] for entry in models]
-        if not sum(weights) > 0:
-            raise PaveError(f"regmean: every weight of {group.metadata.name} is 0; raise one.")
         counting = [entry for entry, w in zip(models, weights, strict=True) if w]
         if all(torch.equal(entry.tensor, base) for entry in counting):
             return base  # its covariances would be empty without data
