@@ -74,15 +74,25 @@ class Input:
         """Whether any tensor needs this model's covariances."""
         if self.solved:
             return True
+        return self.ranked
+
+    @property
+    def ranked(self) -> bool:
+        """Whether they tell what is purified."""
         if not isinstance(self.method, PaveMerge):
             return False
         return self.can_be("rank_ratio") != {1} and "covariance" in self.can_be("subspace")
 
     @property
+    def estimated(self) -> bool:
+        """Whether they are told from the task vector."""
+        data_free = self.get("calibration_dataset") == DATA_FREE and not self.get("covariance")
+        return self.looked_at and data_free
+
+    @property
     def calibrated(self) -> bool:
         """Whether they have to be computed from data, or read from a store."""
-        data_free = self.get("calibration_dataset") == DATA_FREE and not self.get("covariance")
-        return self.looked_at and not data_free
+        return self.looked_at and not self.estimated
 
 
 def configuration(raw: Any) -> MergeConfiguration:
@@ -303,7 +313,13 @@ def _check_scales(entries: Iterable[Input]) -> Iterator[Finding]:
 
 
 def _check_purify(entry: Input) -> Iterator[Finding]:
-    """Keys that have no effect with this `purify`, which the user cannot have meant."""
+    """Keys that have no effect or a bad one with this `purify`: the user cannot have meant that."""
+    if entry.estimated and entry.ranked and "weight" in entry.can_be("purify"):
+        yield Finding(
+            "warning", entry.where, "calibration_dataset: none with purify: weight cuts the base "
+            "where the task vector alone looked weak, and can ruin the merge: set purify: delta or "
+            "separate, or give data."
+        )
     if entry.can_be("purify") != {"separate"}:
         if entry.settings("separation") and "separate" not in entry.can_be("purify"):
             yield error("parameters", "separation has an effect only with `purify: separate`.")
