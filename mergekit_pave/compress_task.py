@@ -59,6 +59,7 @@ class Summary:
         ways: number of tensors kept in each way.
         adapter: weights in the LoRA adapter, None without one.
         left_out: changed tensors that are not in it.
+        too_large: matrices whose change would be no smaller as factors.
     """
 
     task: str
@@ -70,6 +71,7 @@ class Summary:
     ways: dict[str, int]
     adapter: int | None
     left_out: int
+    too_large: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -84,6 +86,11 @@ class Summary:
             )
         text += f"{self.ways['whole']} tensors whole, {self.ways['rows']} by their changed rows, "
         text += f"{self.ways['base']} as in the base."
+        if self.too_large and not self.ways["factors"]:
+            text += (
+                f" The factors of {self.too_large} changed matrices would be no smaller than these "
+                "are: lower --rank-fraction."
+            )
         if self.adapter is not None:
             text += (
                 f" The LoRA adapter has {self.adapter} linear weights; {self.left_out} changed "
@@ -139,9 +146,15 @@ def compress_task(
     writer, adapter = _Writer(folder), {}
     linear = _linear_weights(tuned) if settings.lora else set()
     origin = ShardedTensorIndex.from_disk(base.path)
-    loader, size = LazyTensorLoader(origin, lazy_unpickle=False), 0
-    total = len(ShardedTensorIndex.from_disk(tuned.path).tensor_paths)
-    for name, tensor in tqdm(tuned.tensors(), header["task"], total, unit="tensor", leave=False):
+    loader, size, too_large = LazyTensorLoader(origin, lazy_unpickle=False), 0, 0
+    names = ShardedTensorIndex.from_disk(tuned.path).tensor_paths.keys()
+    if names.isdisjoint(origin.tensor_paths):
+        raise PaveError(
+            f"{tuned.label} shares no tensor with the base {base.label}: name the model that it "
+            "was fine-tuned from."
+        )
+    progress = tqdm(tuned.tensors(), header["task"], len(names), unit="tensor", leave=False)
+    for name, tensor in progress:
         there = loader.get_tensor(name) if name in origin.tensor_paths else None
         if there is not None and there.shape != tensor.shape:
             raise PaveError(
@@ -167,18 +180,15 @@ def compress_task(
             "base": None if how == "whole" else digest([(name, there)]), "energy": energy,
             "rank": len(stored["::s"]) if how == "factors" else None,
         })
+        too_large += how == "whole" and there is not None and tensor.ndim == 2
         if how == "factors" and name in linear:
             adapter[name.removesuffix(".weight")] = stored
     writer.flush()
-    if all(kept.how == "whole" for kept in writer.tensors.values()):
-        raise PaveError(
-            f"{tuned.label} shares no tensor with the base {base.label}: name the model that it "
-            "was fine-tuned from."
-        )
     files = copy_companions(Path(tuned.path), Path(base.path), folder / MODEL)
     if settings.lora:
         _write_adapter(folder / LORA, adapter, tuned.label, header["base"])
-    summary = _summary(header["task"], writer, size, len(adapter) if settings.lora else None)
+    summary = _summary(
+        header["task"], writer, size, len(adapter) if settings.lora else None, too_large)
     manifest = {
         "kind": KIND, "format": FORMAT, "version": version("mergekit-pave"), **header,
         "summary": asdict(summary), "files": files,
@@ -192,7 +202,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _summary(task: str, writer: _Writer, size: int, adapter: int | None) -> Summary:
+def _summary(
+    task: str, writer: _Writer, size: int, adapter: int | None, too_large: int
+) -> Summary:
     ways = Counter(kept.how for kept in writer.tensors.values())
     parts = {n: kept for n, kept in writer.tensors.items() if kept.how == "factors"}
     shares = {n: kept.energy[0] / kept.energy[1] for n, kept in parts.items()}
@@ -207,6 +219,7 @@ def _summary(task: str, writer: _Writer, size: int, adapter: int | None) -> Summ
         ways={way: ways[way] for way in ("base", "rows", "factors", "whole")},
         adapter=adapter,
         left_out=len(writer.tensors) - ways["base"] - (adapter or 0),
+        too_large=too_large,
     )
 
 
@@ -225,7 +238,7 @@ def _write_adapter(
     if not parts:
         raise PaveError(
             f"{model} has no changed nn.Linear weight that is kept as factors, so there is no LoRA "
-            "adapter to write: leave --lora out."
+            "adapter to write: lower --rank-fraction, or leave --lora out."
         )
     ranks = {name: len(part["::s"]) for name, part in parts.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]

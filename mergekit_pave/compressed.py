@@ -16,7 +16,8 @@ A tensor is kept in the first of these ways that fits:
 Only `factors` lose anything: they are the k leading singular triples of the difference from the
 base (TSV-Compress, arXiv 2412.00081, section 4.1), `k (m + n + 1) / (m n)` of the numbers of an
 m x n matrix. With 8 tasks that is 25 % of a square one, 15.6 % of one that is 4 times as long as
-wide.
+wide. Where the change has fewer triples than that (an adapter that was merged into the matrix), k
+is their number, so that a square matrix may become factors with two tasks, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.tsv import factors
+from mergekit_pave.merging.tsv import ROUNDING, Factors, factors
 from mergekit_pave.numeric import double
 from mergekit_pave.store import MANIFEST
 
@@ -89,7 +90,7 @@ def pack(
     Args:
         tuned: the fine-tune's tensor.
         base: the base's of the same shape, None where it has none.
-        count: triples to keep of a matrix.
+        count: triples to keep of a matrix, at most.
         dtype: of the singular vectors; the values stay in float32.
     """
     if base is None or not tuned.is_floating_point():
@@ -102,15 +103,40 @@ def pack(
         rows = (tuned != base.to(tuned.dtype)).any(1).nonzero()[:, 0]
         if len(rows) * (tuned.shape[1] + 1) < min(room + 1, tuned.numel()):
             return "rows", {"": tuned[rows], "::rows": rows.to(torch.int32)}, None
-        if room < tuned.numel():
-            delta = double(tuned) - double(base)
-            total = delta.square().sum().item()
-            if not isfinite(total):
-                raise ValueError("holds NaN or Inf")
-            part = factors(delta, count)
+        part, total = _low_rank(tuned, base, count)
+        if part is not None:
             stored = {"::u": part.u.to(dtype), "::s": part.s.float(), "::v": part.v.to(dtype)}
             return "factors", stored, (part.s.square().sum().item(), total)
     return "whole", {"": tuned}, None
+
+
+def _low_rank(tuned: Tensor, base: Tensor, count: int) -> tuple[Factors | None, float]:
+    """The leading `count` triples of the change, or all it has, where these are fewer numbers
+    than the matrix; and the energy of the change."""
+    most = (tuned.numel() - 1) // (sum(tuned.shape) + 1)
+    if not min(count, most):
+        return None, 0.0
+    delta = double(tuned) - double(base)
+    total = delta.square().sum().item()
+    if not isfinite(total):
+        raise ValueError("holds NaN or Inf")
+    if count > most and _exceeds(delta, most, total):
+        return None, total
+    # One more than there may be tells whether there are more.
+    part = factors(delta, min(count, most + 1))
+    return (part if len(part.s) <= most else None), total
+
+
+def _exceeds(delta: Tensor, most: int, total: float) -> bool:
+    """Whether `delta` is certain to have more than `most` triples above rounding.
+
+    Nearly every change of a full fine-tuning has, and to decompose it in vain takes many times as
+    long as this look at a part of its columns: none of their singular values is larger than the
+    matrix's own one of the same number, and `total` is at least the square of the largest.
+    """
+    long = delta if delta.shape[0] > delta.shape[1] else delta.mT
+    some = long[:, : most + 1]
+    return bool(torch.linalg.eigvalsh(some.mT @ some)[0] > ROUNDING**2 * total)
 
 
 def restore(

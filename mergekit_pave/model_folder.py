@@ -67,7 +67,8 @@ def appearing(folder: Path) -> Iterator[Path]:
     Raises:
         PaveError: what went wrong with the disk.
     """
-    folder = folder.absolute()
+    # A link to an empty folder stays one: a folder cannot take the place of the link itself.
+    folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     left_over = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
     try:

@@ -6,7 +6,8 @@
 them. The energy is that of the calibration rows, and of held-out rows where there are any: the
 larger counts. Never below 0.875, the largest cut in the paper (arXiv 2510.14697): the energy of a
 whole weight says little about a task vector cut to pieces. Kinds of weights that bear at least
-twice the cut get a filter, and so do those that bear less.
+twice the cut get a filter, and so do those that bear less. Where the configuration says 1.0 it
+stays 1.0.
 
 `num_calibration_samples`: enough for 4 tokens per dimension of the scarcest covariance, and
 twice as many as now where directions that look idle on the calibration rows carry more than
@@ -40,6 +41,7 @@ THRESHOLD = 1e-3
 # Less is not worth a line in a YAML file.
 WORTH = 0.05
 MOST_SAMPLES = 4096
+_LEFT = "as in the configuration"
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,26 @@ def largest_cut(seen: Iterable[Seen], threshold: float) -> float:
     return best
 
 
-def rank_ratios(seen: Sequence[Seen], threshold: float) -> list[Line]:
-    """One line for all weights, after the filters that are needed or pay."""
+def rank_ratios(
+    seen: Sequence[Seen], threshold: float, purified: Sequence[str] = (),
+    switched_off: Sequence[str] = (),
+) -> list[Line]:
+    """One line for all weights, after the filters that are needed or pay.
+
+    Args:
+        seen: what was looked at.
+        threshold: share of the activated energy that may go.
+        purified: names of all weights that may be cut.
+        switched_off: names of those that may not.
+    """
     groups: dict[str, list[Seen]] = {}
     for one in seen:
         groups.setdefault(module(one.layer.name), []).append(one)
     bears = {key: largest_cut(group, threshold) for key, group in groups.items()}
     common = _common(bears)
+    mixed = {module(name) for name in purified}
+    bears |= {key: 1.0 for name in switched_off if (key := module(name)) not in mixed}
+    single = [name for name in switched_off if module(name) in mixed]
     special = {key: ratio for key, ratio in bears.items() if _needs(ratio, common)}
     # A filter matches every name that contains it, so the longer ones have to come first.
     shadowed = {key: common for key in bears
@@ -84,9 +99,20 @@ def rank_ratios(seen: Sequence[Seen], threshold: float) -> list[Line]:
     filters = sorted({**special, **shadowed}.items(), key=lambda item: (-len(item[0]), item[0]))
     rest = [s for key, group in groups.items() if key not in special for s in group]
     return [
-        *(Line("rank_ratio", ratio, _cost(groups[key], ratio), key) for key, ratio in filters),
+        # Ahead of the kinds they are of; none of them is a part of a purified weight's name.
+        *(Line("rank_ratio", 1.0, _LEFT, key) for key in _patterns(single, purified)),
+        *(Line("rank_ratio", ratio, _cost(groups[key], ratio) if key in groups else _LEFT, key)
+          for key, ratio in filters),
         Line("rank_ratio", common, _cost(rest or list(seen), common)),
     ]
+
+
+def _patterns(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Filters for `names` and none of `others`: a layer that they have to themselves, or one."""
+    layers = {name: re.match(r"(?:.*?\.)??\d+\.|", name)[0] for name in names}
+    own = {layer for layer in set(layers.values())
+           if layer and not any(layer in other for other in others)}
+    return list(dict.fromkeys(layers[n] if layers[n] in own else n for n in names))
 
 
 def _common(bears: Mapping[str, float]) -> float:
@@ -172,7 +198,9 @@ def suggest(
     """
     seen = look(fitted or merge, layers, held, device)
     rows = samples(merge, gap(seen, threshold))
-    return [*rank_ratios(seen, threshold), *([rows] if rows else []), damping(seen)]
+    ratios = rank_ratios(
+        seen, threshold, [layer.name for layer in merge.layers], merge.switched_off)
+    return [*ratios, *([rows] if rows else []), damping(seen)]
 
 
 def to_yaml(lines: Sequence[Line]) -> str:
@@ -214,9 +242,9 @@ def suggest_cli(config: Path, layers, device, lora_merge_cache, transformers_cac
     Prints `parameters:` to paste into CONFIG, a reason behind each. rank_ratio is the largest
     cut, down to 0.875, that takes at most --threshold of the activated energy from any layer of
     any model, and no more of a weight than fine-tuning had changed; kinds of weights that bear
-    twice that cut, or less, get a filter. Samples are enough for 4 tokens per dimension. Damping
-    is the one whose dropped directions carry least energy on held-out rows, and stays at its
-    default without them. Nothing is merged.
+    twice that cut, or less, get a filter, and what is 1.0 in CONFIG stays so. Samples are enough
+    for 4 tokens per dimension. Damping is the one whose dropped directions carry least energy on
+    held-out rows, and stays at its default without them. Nothing is merged.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from test_cli import invoke
 from test_merge import tensors_of
 
 from mergekit_pave import compress as module
-from mergekit_pave import compress_task
+from mergekit_pave import compress_task, compressed
 from mergekit_pave.compress import compress
 from mergekit_pave.compressed import Compressed, pack, restore
 from mergekit_pave.errors import PaveError
@@ -80,6 +80,37 @@ def test_each_tensor_is_kept_in_the_cheapest_way():
     assert how(torch.arange(3), torch.arange(3))[0] == "base"
     assert how(torch.arange(3), torch.arange(3) + 1)[0] == "whole"
     assert how(base.bfloat16(), base)[0] == "base"
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (40, 30), (30, 40), (90, 30)])
+@pytest.mark.parametrize("spectrum", ["flat", "steep", "exact", "one more"])
+def test_a_matrix_becomes_factors_where_all_its_triples_are_smaller(shape, spectrum, monkeypatch):
+    """Whatever rank it may have; a look at a part of it only saves time."""
+    generator = torch.Generator().manual_seed(0)
+    most = (shape[0] * shape[1] - 1) // (sum(shape) + 1)
+    full = min(shape)
+    s = {"flat": torch.ones(full), "steep": torch.logspace(0, -9, full),
+         "exact": (torch.arange(full) < most).double(),
+         "one more": (torch.arange(full) < most + 1).double()}[spectrum]
+    u, v = (torch.linalg.qr(torch.randn(n, full, generator=generator, dtype=torch.float64)).Q
+            for n in shape)
+    base = torch.zeros(shape, dtype=torch.float64)
+    tuned = (u * s) @ v.T
+    there = int((s > 1e-5).sum())
+    for look in (compressed._exceeds, lambda *_: False):
+        monkeypatch.setattr(compressed, "_exceeds", look)
+        way, stored, _ = pack(tuned, base, full, torch.float64)
+        assert way == ("factors" if there <= most else "whole")
+        if way == "factors":
+            assert len(stored["::s"]) == there
+            assert (restore(way, stored, base, tuned.dtype) - tuned).norm() < 1e-4 * tuned.norm()
+
+
+def test_full_matrices_are_not_decomposed_in_vain(monkeypatch):
+    monkeypatch.setattr(compressed, "factors", None)
+    generator = torch.Generator().manual_seed(0)
+    tuned, base = (torch.randn(40, 40, generator=generator) for _ in range(2))
+    assert pack(tuned, base, 20, torch.float32)[0] == "whole"
 
 
 def test_the_shares_that_are_documented():
@@ -176,6 +207,28 @@ def test_rank_one_is_all_of_it(families, tmp_path):
     reconstruct(tmp_path / "c" / "expert0", tmp_path / "m", base=str(paths["base"]))
     tuned, found = tensors_of(paths["expert0"]), tensors_of(tmp_path / "m")
     assert all(torch.equal(tuned[n], found[n]) for n in tuned)
+
+
+def test_nothing_to_gain_is_said(families, config, tmp_path):
+    """One fine-tune has the whole rank; all its tensors have changed."""
+    paths = dict(families("llama"))
+    state = {name: tensor + 1e-3 for name, tensor in tensors_of(paths["expert0"]).items()}
+    path = shutil.copytree(paths["expert0"], tmp_path / "all")
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    made = raw({**paths, "expert0": path}, experts=1)
+    code, out, err = invoke("compress", config(made), tmp_path / "c")
+    assert code == 0, err
+    assert "0 matrices as factors" not in out and "21 tensors whole" in out
+    assert "of 16 changed matrices would be no smaller than these are: lower --rank-fraction" in out
+    reconstruct(tmp_path / "c" / "all", tmp_path / "m", base=str(paths["base"]))
+    found = tensors_of(tmp_path / "m")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    for options in ({"rank_fraction": 1.0}, {"rank_fraction": 0.25}):
+        out = tmp_path / str(options["rank_fraction"])
+        said = str(compress(raw({**paths, "expert0": path}), out, **options)[0])
+        assert ("lower --rank-fraction" in said) == (options["rank_fraction"] == 1)
+    with pytest.raises(PaveError, match="no changed nn.Linear .*: lower --rank-fraction, or leave"):
+        compress(made, tmp_path / "d", lora=True)
 
 
 def test_what_equals_the_base_takes_no_room(families, tmp_path):
@@ -315,6 +368,32 @@ def test_the_adapter_gives_the_same_linear_weights(families, tmp_path, kind, cls
         summary)
 
 
+def test_a_small_change_of_a_square_matrix_is_an_adapter(families, tmp_path):
+    """Two tasks may have half of the rank each, but theirs is 4."""
+    paths = dict(families("llama"))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    for i in range(2):
+        torch.manual_seed(i)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"],
+                                   init_lora_weights=False)
+        tuned = peft.get_peft_model(load(paths["base"]), settings).merge_and_unload()
+        paths[f"expert{i}"] = tmp_path / f"adapted{i}"
+        tuned.save_pretrained(paths[f"expert{i}"])
+    summary = compress(raw(paths), tmp_path / "c", lora=True)[0]
+    assert summary.ways == {"base": 15, "rows": 0, "factors": 6, "whole": 0}
+    assert summary.adapter == 6 and summary.left_out == summary.too_large == 0
+    task = tmp_path / "c" / "adapted0"
+    kept = Compressed(task).tensors
+    assert {part.rank for part in kept.values()} == {None, 4}
+    reconstruct(task, tmp_path / "m", base=str(paths["base"]))
+    want, found = tensors_of(paths["expert0"]), tensors_of(tmp_path / "m")
+    again = peft.PeftModel.from_pretrained(load(paths["base"]), task / "lora").merge_and_unload()
+    for name, tensor in again.state_dict().items():
+        if name in want:
+            assert torch.allclose(tensor, want[name], atol=1e-5), name
+            assert torch.allclose(found[name], want[name], atol=1e-5), name
+
+
 def test_a_model_without_linear_layers_has_no_adapter(families, tmp_path):
     with pytest.raises(PaveError, match="no changed nn.Linear weight .* leave --lora out"):
         compress(raw(families("gpt2")), tmp_path / "c", lora=True, rank_fraction=0.25)
@@ -372,8 +451,10 @@ def test_folders_that_are_refused(families, config, tmp_path):
 
 def test_models_that_do_not_fit(families, tmp_path):
     paths = families("llama")
-    with pytest.raises(PaveError, match="shares no tensor with the base"):
-        compress(raw({**paths, "base": families("roberta")["base"]}), tmp_path / "c")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress_task, "pack", None)  # said before the work
+        with pytest.raises(PaveError, match="shares no tensor with the base"):
+            compress(raw({**paths, "base": families("roberta")["base"]}), tmp_path / "c")
     wide = shutil.copytree(paths["base"], tmp_path / "wide")
     state = tensors_of(wide)
     state[NORM] = torch.ones(33)
@@ -386,6 +467,20 @@ def test_models_that_do_not_fit(families, tmp_path):
     with pytest.raises(PaveError, match="up_proj.weight of expert0 or of its base holds NaN"):
         compress(raw({**paths, "base": wide}), tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_filled(families, tmp_path, there):
+    paths = families("llama")
+    compress(raw(paths), tmp_path / "c")
+    target, link = tmp_path / "disk" / "m", tmp_path / "m"
+    if there:
+        target.mkdir(parents=True)
+    link.symlink_to(target)
+    reconstruct(tmp_path / "c" / "expert0", link, base=str(paths["base"]))
+    assert link.is_symlink() and (link / "config.json").is_file()
+    assert tensors_of(target).keys() == tensors_of(paths["expert0"]).keys()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["m"]
 
 
 def test_reconstruction_needs_the_very_base(families, tmp_path):

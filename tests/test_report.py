@@ -16,6 +16,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import recipe
+from test_merge import merge as run_merge
 
 import mergekit_pave
 from mergekit_pave.errors import PaveError
@@ -185,6 +186,12 @@ def test_names_are_sorted_into_layers_and_kinds(name, block, kind):
     assert gather.place(name) == (block, kind)
 
 
+def test_gradients_run_over_the_layers_of_each_stack():
+    found = gather.depths(["text.layers.0.a.weight", "text.layers.4.a.weight", "head.weight",
+                           "vision.layers.1.a.weight", "vision.layers.2.b.weight", "one.0.c.bias"])
+    assert list(found.values()) == [0, 1, 0, 0.5, 1, 1]
+
+
 # --- a whole report ------------------------------------------------------------------------
 
 
@@ -259,6 +266,95 @@ def test_filters_and_gradients_are_read_as_mergekit_reads_them(families, texts, 
     assert ratios["model.layers.1.mlp.down_proj.weight"] == 0.9
     assert ratios["model.layers.1.mlp.up_proj.weight"] == 0.95
     assert "model.layers.0.self_attn.q_proj.weight" not in ratios
+
+
+def whole(raw: dict, layers: int = 2) -> dict:
+    """The same merge as its only slice."""
+    sources = [{"model": raw["base_model"]}, *raw.pop("models")]
+    for source in sources:
+        source["layer_range"] = [0, layers]
+    return {**raw, "slices": [{"sources": sources, "parameters": raw.pop("parameters")}]}
+
+
+def weighted(raw: dict, weight) -> dict:
+    raw["models"][1]["parameters"]["weight"] = weight
+    return raw
+
+
+def moduled(raw: dict, **parameters) -> dict:
+    module = {"models": raw.pop("models"), "parameters": parameters}
+    return {**raw, "modules": {"default": module}}
+
+
+@pytest.mark.parametrize(("kind", "written"), [
+    ("llama", lambda raw: weighted(raw, 0)),
+    ("llama", lambda raw: weighted(raw, [{"filter": "mlp", "value": 0}, {"value": 0.5}])),
+    ("llama", lambda raw: weighted(raw, [0, 0.5])),
+    ("llama", lambda raw: whole(raw)),
+    ("llama", lambda raw: moduled(raw, rank_ratio=[{"filter": "mlp", "value": 0.8}])),
+    # The pooler, outside of the numbered layers, is at the start of a gradient.
+    ("bert", lambda raw: {**raw, "parameters": {**raw["parameters"],
+                                                   "rank_ratio": [0.7, 0.95]}}),
+], ids=["weight", "filter", "gradient", "slice", "module", "outside"])
+def test_what_is_purified_is_what_the_merge_purifies(families, texts, tmp_path, kind, written):
+    raw = written({**recipe(families(kind), texts), "dtype": "float32"})
+    run_merge(raw, tmp_path / "out", write_model_card=True)
+    done = {model["id"]: {name: cut for name, (_, cut) in model["ranks"].items()}
+            for model in json.loads((tmp_path / "out" / "pave_report.json").read_text())["models"]}
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(raw))
+    merge = gather.open_merge(config, LoaderOptions(), CPU)
+    shown = {}
+    for layer in build(merge, sample.choose(merge.layers, None, CPU), CPU)["layers"]:
+        for row in layer["models"]:
+            own = shown.setdefault(merge.models[row["model"]].label, {})
+            own[layer["name"]] = row["dropped"]
+    assert shown == done
+
+
+@pytest.mark.parametrize("parts", [
+    [(0, 1), (1, 2)], [(1, 2), (0, 1)], [(1, 2)], [(0, 2), (0, 2)]])
+def test_slices_that_are_not_the_whole_model_are_refused(
+        families, texts, tmp_path, monkeypatch, parts):
+    (piece,) = whole(recipe(families("llama"), texts))["slices"]
+    raw = {"merge_method": "pave_task_arithmetic", "base_model": str(families("llama")["base"])}
+    raw["slices"] = [
+        {**piece, "sources": [{**source, "layer_range": list(part)} for source in piece["sources"]]}
+        for part in parts]
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(gather, "open_store", None)  # refused before anything is calibrated
+    with pytest.raises(PaveError, match="^slices: .*in a copy .* under `models`, with the param"):
+        gather.open_merge(config, LoaderOptions(), CPU)
+
+
+def test_several_modules_are_refused(families, texts, tmp_path):
+    raw = recipe(families("t5"), texts)
+    models = raw.pop("models")
+    raw["modules"] = {name: {"models": models} for name in ("encoder", "decoder", "shared")}
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(raw))
+    with pytest.raises(PaveError, match="^modules: .* with the parameters of one module"):
+        gather.open_merge(config, LoaderOptions(), CPU)
+
+
+def test_a_weight_that_is_missing_somewhere_is_named(families, texts, tmp_path):
+    raw = weighted(recipe(families("llama"), texts), [{"filter": "mlp", "value": 1.0}])
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(raw))
+    with pytest.raises(PaveError, match=r"models\[1\]: weight has no value for .*self_attn"):
+        gather.open_merge(config, LoaderOptions(), CPU)
+
+
+def test_a_model_that_nothing_is_taken_from_can_be_drawn(families, texts, tmp_path):
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(weighted(recipe(families("llama"), texts), 0)))
+    result = CliRunner().invoke(
+        report_command, [str(config), "-o", str(tmp_path / "out"), "--layers", "1"])
+    assert result.exit_code == 0, result.output
+    coverage = json.loads((tmp_path / "out" / "report.json").read_text())["coverage"]
+    assert [found["purified"]["tensors"] for found in coverage] == [14, 0]
+    assert coverage[1]["plain"]["reasons"]["weight is 0 here"] == 14
 
 
 def test_nothing_to_purify_is_said(families, texts, tmp_path):

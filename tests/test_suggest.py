@@ -99,6 +99,25 @@ def test_a_filter_does_not_catch_a_longer_name():
         assert read(lines, name) == ratio
 
 
+@pytest.mark.parametrize("off", [
+    names("attn.q", "attn.k"),  # a whole kind
+    names("mlp.up"),  # a part of a kind that is cut elsewhere
+    names("mlp.up", "mlp.down", "attn.q", "attn.k"),  # a whole layer
+    names("mlp"),  # a part of the names of kinds that are cut
+], ids=["kind", "part", "layer", "short"])
+@pytest.mark.parametrize("bears", [(0.9, 0.95), (0.98, 0.995), (0.99, 0.9)])
+def test_what_is_switched_off_stays_so(off, bears):
+    up, down = (name.replace("0", "1") for name in names("mlp.up", "mlp.down"))
+    layers = [seen(up, bears[0]), seen(down, bears[1])]
+    # Looked at or not, these are of kinds that are cut.
+    purified = [up, down, "model.layers.10.mlp.up.weight"]
+    lines = suggest.rank_ratios(layers, 1e-3, purified, off)
+    for name in off:
+        assert read(lines, name) == 1.0, name
+    alone = suggest.rank_ratios(layers, 1e-3)
+    assert all(read(lines, name) == read(alone, name) < 1 for name in purified)
+
+
 def test_experts_of_a_layer_are_one_kind():
     assert suggest.module("model.layers.3.mlp.experts.7.up_proj.weight") == "up_proj"
     assert suggest.module("encoder.block.1.layer.0.SelfAttention.q.weight") == "SelfAttention.q"
@@ -140,6 +159,23 @@ def test_what_is_printed_can_be_pasted(config):
     merge = gather.open_merge(config, LoaderOptions(), CPU)
     assert all(0.875 <= layer.settings.rank_ratio < 1 for layer in merge.layers)
     assert raw["parameters"]["dampening_frac"] == 0.01
+
+
+@pytest.mark.parametrize("ratio", [
+    [{"filter": "mlp", "value": 0.9}, {"value": 1.0}],
+    [{"filter": "q_proj", "value": 1.0}, {"value": 0.95}],
+    [{"filter": "layers.0.mlp.up_proj", "value": 1.0}, {"value": 0.95}],
+    [0.9, 1.0],
+])
+def test_what_the_configuration_switches_off_stays_so(config, ratio):
+    raw = yaml.safe_load(config.read_text())
+    raw["parameters"]["rank_ratio"] = ratio
+    config.write_text(yaml.safe_dump(raw))
+    before = {layer.name for layer in gather.open_merge(config, LoaderOptions(), CPU).layers}
+    raw["parameters"] = yaml.safe_load(printed(run(config)))["parameters"]
+    config.write_text(yaml.safe_dump(raw))
+    after = {layer.name for layer in gather.open_merge(config, LoaderOptions(), CPU).layers}
+    assert after and after <= before
 
 
 def test_the_threshold_holds_for_the_purified_weights(config):

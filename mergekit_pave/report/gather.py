@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.config import evaluate_setting
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from mergekit.parameter_resolver import resolve_parameter
 from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_pave.calibration.model import ModelSource
 from mergekit_pave.check import Allowances, preflight, read_yaml
 from mergekit_pave.check.inputs import Input, configuration, inputs
+from mergekit_pave.check.models import read_config
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint
 from mergekit_pave.locate import LoaderOptions, model_source
@@ -33,7 +36,6 @@ from mergekit_pave.parameters import (
     COVARIANCE,
     DEFAULT_DAMPENING,
     DEFAULT_RATIO,
-    PARAMETERS,
 )
 from mergekit_pave.plugin import register
 from mergekit_pave.statistics import open_store
@@ -42,6 +44,9 @@ from mergekit_pave.store import CovarianceStore, same_layer
 logger = logging.getLogger(__name__)
 
 _SHARED = ("rank_ratio", "rank_allocation", "subspace", "dampening_frac", "regularization")
+_SWITCHED_OFF = "rank_ratio is 1.0 here"
+# The first number in a name counts layers.
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+)")
 
 
 class Checkpoint:
@@ -127,6 +132,7 @@ class Merge:
     Attributes:
         layers: every weight that at least one model would have purified.
         coverage: per model, `purified`, `plain` and `skipped`: reason -> tensors.
+        switched_off: weights that only `rank_ratio: 1.0` keeps from being purified.
     """
 
     method: str
@@ -135,6 +141,7 @@ class Merge:
     models: list[Model]
     layers: list[Layer]
     coverage: list[dict[str, Counter[str]]]
+    switched_off: list[str] = field(default_factory=list)
 
     def weight(self, layer: Layer, model: int) -> Tensor:
         """(out, in), as it is stored but for Conv1D's transposition."""
@@ -174,7 +181,7 @@ def open_merge(
     config = configuration(read_yaml(text, str(path)))
     for warning in preflight(config, text, options, Allowances(allow_crimes)):
         logger.warning("%s", warning)
-    entries = _one_base(inputs(config))
+    entries = inputs(config)
     if not isinstance(entries[0].method, PaveMerge):
         raise PaveError(
             f"merge_method: {config.merge_method} purifies nothing; this looks at what "
@@ -186,6 +193,7 @@ def open_merge(
             "This looks at what `purify: weight` would do: take `purify` (and `separation`, and a "
             "rank_ratio meant for it) out of a copy of the configuration."
         )
+    _refuse_parts(config, entries[0].base, options)
     sources = [model_source(entry.model, options) for entry in entries]
     models = [
         Model(label, entry, source, Checkpoint(source), _store_of(entry, source, options, device))
@@ -212,12 +220,35 @@ def explained(layer: Layer) -> Iterator[None]:
                         "recalibrate the model.") from error
 
 
-def _one_base(entries: Sequence[Input]) -> list[Input]:
-    """Each model once, with the first base; slices may bring others, which are left out."""
-    chosen = {entry.model: entry for entry in reversed(entries) if entry.base == entries[0].base}
-    if len(chosen) < len({entry.model for entry in entries}):
-        logger.warning("Only the models merged with %s are looked at.", entries[0].base)
-    return list(reversed(chosen.values()))
+def _refuse_parts(
+    config: MergeConfiguration, base: ModelReference, options: LoaderOptions
+) -> None:
+    """Raise `PaveError` unless whole models are merged, all their layers in one way.
+
+    Slices and modules can each have parameters, models and layers of their own, and leave out
+    or repeat layers of the base.
+    """
+    # "default" is mergekit's name for a model's only module.
+    modules = config.modules or {"default": config}
+    simple = list(modules) == ["default"]
+    if simple and _is_whole(modules["default"].slices or [], base, options):
+        return
+    part = "slice" if simple else "module"
+    raise PaveError(
+        f"{part}s: this looks at whole models whose layers are all merged in one way: in a copy "
+        f"of the configuration name the models under `models`, with the parameters of one {part}, "
+        "and read what is said of its layers."
+    )
+
+
+def _is_whole(
+    slices: Sequence[OutputSliceDefinition], base: ModelReference, options: LoaderOptions
+) -> bool:
+    if not slices:
+        return True
+    layers = getattr(read_config(base, options), "num_hidden_layers", None)
+    ranges = [tuple(source.layer_range) for source in slices[0].sources]
+    return len(slices) == 1 and all(found == (0, layers) for found in ranges)
 
 
 def _store_of(
@@ -254,7 +285,7 @@ def place(name: str) -> tuple[int | None, str]:
     decoder layers of the same kind are told apart.
     """
     stem = name.removesuffix(".weight")
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)", stem)
+    found = _NUMBERED.search(stem)
     if not found:
         return None, stem
     kind = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", found[2])
@@ -263,31 +294,50 @@ def place(name: str) -> tuple[int | None, str]:
     return int(found[1]), f"decoder {kind}" if side == "decoder" else kind
 
 
+def depths(names: Sequence[str]) -> dict[str, float]:
+    """Where mergekit reads a gradient, from 0 to 1 over the layers of each stack.
+
+    It takes the start of a gradient outside of them, and the end where there is one layer only.
+    """
+    stacks: dict[str, tuple[str, int]] = {}
+    last: dict[str, int] = {}
+    for name in names:
+        if match := _NUMBERED.search(name.removesuffix(".weight")):
+            stack, number = stacks[name] = name[: match.start()], int(match[1])
+            last[stack] = max(last.get(stack, 0), number)
+    inside = {name: number / last[stack] if last[stack] else 1.0
+              for name, (stack, number) in stacks.items()}
+    return {name: inside.get(name, 0.0) for name in names}
+
+
 def _survey(merge: Merge) -> None:
-    """Fill in `layers` and `coverage` from names, shapes and fingerprints."""
+    """Fill in `layers`, `coverage` and `switched_off` from names, shapes and fingerprints."""
     names = merge.base_tensors.names
-    blocks = 1 + max((place(n)[0] or 0 for n in names), default=0)
+    depth = depths(names)
     merge.coverage = [
         {what: Counter() for what in ("purified", "plain", "skipped")} for _ in merge.models
     ]
-    shared = {name: merge.models[0].entry.get(name) for name in _SHARED}
     for name in tqdm(names, desc="Reading fingerprints", unit="tensor", leave=False):
         base = merge.base_tensors.get(name)
-        block, kind = place(name)
-        t = 1.0 if blocks == 1 or block is None else block / (blocks - 1)
-        settings = Settings(**{key: _evaluate(key, value, name, t)
-                               for key, value in shared.items()})
-        layer = Layer(name, block, kind, tuple(base.shape), settings)
+        # What all models share is the same in the scopes of each.
+        settings = _settings(merge.models[0].entry, name, depth[name])
+        layer = Layer(name, *place(name), tuple(base.shape), settings)
+        reasons = set()
         for number, model in enumerate(merge.models):
-            what, reason = _place_in(layer, number, model, base)
+            what, reason = _place_in(layer, number, model, base, depth[name])
             merge.coverage[number][what][reason] += 1
+            reasons.add(reason)
+        if _SWITCHED_OFF in reasons:
+            merge.switched_off.append(name)
         if layer.own:
             if merge.transposed(layer):
                 layer.shape = layer.shape[::-1]
             merge.layers.append(layer)
 
 
-def _place_in(layer: Layer, number: int, model: Model, base: Tensor) -> tuple[str, str]:
+def _place_in(
+    layer: Layer, number: int, model: Model, base: Tensor, t: float
+) -> tuple[str, str]:
     """What happens to this tensor of one model and why; notes it in `layer` if purified."""
     own = model.tensors.find(layer.name)
     if own is None:
@@ -304,21 +354,32 @@ def _place_in(layer: Layer, number: int, model: Model, base: Tensor) -> tuple[st
     if torch.equal(fingerprint(tensor), fingerprint(base)):
         return "plain", "equals the base"
     if layer.settings.rank_ratio == 1:
-        return "plain", "rank_ratio is 1.0 here"
+        return "plain", _SWITCHED_OFF
+    if _resolve(model.entry, "weight", layer.name, t) == 0:
+        return "plain", "weight is 0 here"
     layer.own[number] = (own, found)
     return "purified", "linear layer with its own covariance"
 
 
-def _evaluate(name: str, setting: Any, tensor: str, t: float) -> Any:
-    """mergekit's reading of filters and gradients, the default where none applies."""
-    if setting is None:
-        return _default(name)
-    value = evaluate_setting(tensor, setting, t, validate=PARAMETERS[name].validate)
-    return _default(name) if value is None else value
+def _settings(entry: Input, tensor: str, t: float) -> Settings:
+    values = {key: _resolve(entry, key, tensor, t) for key in _SHARED}
+    if values["rank_ratio"] is None:
+        values["rank_ratio"] = DEFAULT_RATIO["weight"]
+    return Settings(**values)
 
 
-def _default(name: str) -> Any:
-    return DEFAULT_RATIO["weight"] if name == "rank_ratio" else PARAMETERS[name].default
+def _resolve(entry: Input, key: str, tensor: str, t: float) -> Any:
+    """mergekit's reading of scopes, filters and gradients; None for a key the method lacks."""
+    spec = next((p for p in entry.method.spec.parameters if p.name == key), None)
+    if spec is None:
+        return None
+    try:
+        return resolve_parameter(spec, entry.scopes, tensor_name=tensor, t=t, model=entry.model)
+    except RuntimeError as error:
+        raise PaveError(
+            f"{entry.where}: {key} has no value for {tensor}, which no filter matches; add an "
+            "item without a filter."
+        ) from error
 
 
 def settings_summary(layers: Sequence[Layer]) -> Mapping[str, Any]:
