@@ -217,10 +217,11 @@ def _chosen(*names):
 
 
 def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
-    chosen = _chosen("average", "task_arithmetic", "pave_task_arithmetic (weight)", "emr", "tsv_c")
+    chosen = _chosen("average", "task_arithmetic", "tsv_m", "tsv_regmean",
+                     "pave_task_arithmetic (weight)", "emr", "tsv_c")
     ablations = tuple(
         a for a in methods.ablations((4,), quick=False, writes=False)
-        if a.parent == "pave_task_arithmetic (weight)"
+        if a.parent in ("pave_task_arithmetic (weight)", "tsv_regmean")
         and (a.curve in ("samples", "calibration") or a.value == 0.9)
     )
     found = compare.compare(toy, chosen, ablations, (0,))
@@ -229,14 +230,14 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     scores = {r["name"]: r["score"]["value"] for r in results["methods"]}
     assert scores["base"] == pytest.approx(0) and scores["experts"] == pytest.approx(1)
     assert 0 < scores["average"] < scores["emr"] < 1
-    assert len(results["ablations"]) == len(ablations) == 6
+    assert len(results["ablations"]) == len(ablations) == 9
     assert [r["best_plain"] for r in results["methods"][2:]] == [found.best_plain] * len(chosen)
     lines = markdown.partition("\n\n")[0].splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in scores]
     with open(tmp_path / "out/results.csv") as file:
         assert [r["name"] for r in csv.DictReader(file)][: len(scores)] == list(scores)
     names = [file.stem for file in plots.draw(results, tmp_path / "plots")]
-    assert names == ["methods", "ratio-weight", "samples-weight"]
+    assert names == ["methods", "ratio-weight", "samples-weight", "samples-tsv_regmean"]
     for record in results["methods"][2:]:
         kept = toy.out / "yaml" / f"{bench.slug(record['name'])}-0.yml"
         assert kept.read_text() == record["yaml"]["0"]

@@ -176,20 +176,27 @@ def ablations(samples: tuple[int, ...], quick: bool, writes: bool) -> tuple[Abla
         parent = f"pave_task_arithmetic ({purify})"
         if purify in _CURVE:
             result += _of_ranks(parent, _CURVE[purify])
-        result += [Ablation(parent, "samples", count, samples=count) for count in samples]
+        result += _of_data(parent, samples, writes)
         result += [
             Ablation(parent, "dampening", value, {"dampening_frac": value})
             for value in (0.001, 0.01, 0.1, 1.0)
         ]
-        result += [
-            Ablation(parent, "calibration", "of the next task", calibration="next"),
-            Ablation(parent, "calibration", "without data", calibration="none"),
-        ]
-        if writes:
-            result.append(Ablation(parent, "calibration", "written by itself", calibration="self"))
+    result += _of_data("tsv_regmean", samples, writes)
     result.append(Ablation("pave_task_arithmetic (weight)", "parameters", "of suggest",
                            suggested=True))
     return tuple(result)
+
+
+def _of_data(parent: str, samples: tuple[int, ...], writes: bool) -> list[Ablation]:
+    """How much, and whose."""
+    sources = {"of the next task": "next", "without data": "none"}
+    if writes:
+        sources["written by itself"] = "self"
+    return [
+        *(Ablation(parent, "samples", count, samples=count) for count in samples),
+        *(Ablation(parent, "calibration", what, calibration=source)
+          for what, source in sources.items()),
+    ]
 
 
 def _of_ranks(parent: str, ratios: tuple[float, ...]) -> list[Ablation]:

@@ -27,7 +27,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     figures = {"methods": _methods(results)}
     for parent in dict.fromkeys(record["parent"] for record in results["ablations"]):
         of_parent = [r for r in results["ablations"] if r["parent"] == parent]
-        kind = _form(parent)
+        kind = _form(parent) or parent
         figures[f"ratio-{kind}"] = _ratio(results, of_parent, parent)
         figures[f"samples-{kind}"] = _samples(results, of_parent, parent)
     files = []
@@ -93,8 +93,9 @@ def _samples(results: dict, records: list[dict], parent: str) -> plt.Figure | No
         return None
     figure, axes = plt.subplots(figsize=(5, 3.5))
     counts, scores = zip(*points, strict=True)
-    axes.plot(counts, [100 * s for s in scores], "o-", color=COLOURS[_form(parent)],
-              label="purified")
+    form = _form(parent)
+    axes.plot(counts, [100 * s for s in scores], "o-", color=COLOURS[form or "plain"],
+              label="purified" if form else parent)
     _twin_line(axes, results, parent)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(c) for c in counts])
@@ -106,6 +107,7 @@ def _samples(results: dict, records: list[dict], parent: str) -> plt.Figure | No
 
 
 def _form(method: str) -> str:
+    """What a purified method purifies; nothing for another."""
     return method.partition("(")[2].rstrip(")")
 
 
