@@ -58,6 +58,8 @@ def refuse_used(folder: Path) -> None:
     """Raise `PaveError` unless a model can become that folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PaveError(f"{folder} exists already; choose another folder for the model.")
+    if folder.is_mount():  # a finished folder cannot take its place
+        raise PaveError(f"{folder} is a mount point; name a folder in it for the model.")
 
 
 @contextmanager

@@ -433,7 +433,7 @@ def test_fractions_that_are_refused(families, config, tmp_path, fraction):
     assert not (tmp_path / "c").exists()
 
 
-def test_folders_that_are_refused(families, config, tmp_path):
+def test_folders_that_are_refused(families, config, tmp_path, monkeypatch):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").touch()
     (tmp_path / "file").touch()
@@ -445,6 +445,11 @@ def test_folders_that_are_refused(families, config, tmp_path):
     for name in ("used", "file"):
         with pytest.raises(PaveError, match=f"{name} exists already"):
             reconstruct(task, tmp_path / name, base=base)
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as mounted:  # nobody may mount one for a test
+        mounted.setattr(Path, "is_mount", lambda path: path.name == "disk")
+        with pytest.raises(PaveError, match="disk is a mount point; name a folder in it"):
+            reconstruct(task, tmp_path / "disk", base=base)
     with pytest.raises(PaveError, match="no manifest.json.*: name a task's folder"):
         reconstruct(tmp_path / "c", tmp_path / "m", base=base)
 
