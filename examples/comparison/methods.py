@@ -6,7 +6,7 @@ To add a method, add an entry. One that the installed mergekit does not know is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Method:
         model_parameters: of every model.
         twin: the plain method that this one purifies.
         task_models: for a method that makes one model for every task, which of `TASK_MODELS`.
+        calibration: for a method that looks at data, whose; as in `Ablation`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Method:
     model_parameters: Mapping[str, Any] = field(default_factory=dict)
     twin: str | None = None
     task_models: str | None = None
+    calibration: str = "own"
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,18 @@ METHODS: tuple[Method, ...] = (
            "averaging", {"flattening": 0.5}, twin="regmean"),
     Method("tsv_regmean", "tsv_regmean", "plain", FLATTENED, (0.5, 0.3, 0.7), "balance",
            {"flattening": 0.5}, twin="tsv_m"),
+    Method("regmean (flattened without data)", "regmean", "plain", FLATTENED, (0.2, 0.1, 0.5),
+           "averaging", {"flattening": 0.5}, twin="regmean", calibration="none"),
+    Method("tsv_regmean (without data)", "tsv_regmean", "plain", FLATTENED, (0.5, 0.3, 0.7),
+           "balance", {"flattening": 0.5}, twin="tsv_m", calibration="none"),
     *(
         _purified(name, purify, SHRUNK if (name, purify) == ("tsv_m", "separate") else
                   _PLAIN[name][0], _PLAIN[name][1])
         for purify, names in _PURIFIED.items()
         for name in names
     ),
+    replace(_purified("task_arithmetic", "separate", SUM, {"weight": 1.0}), calibration="none",
+            name="pave_task_arithmetic (separate without data)"),
     Method("emr", "emr", "per task", task_models="emr"),
     *(_purified("emr", purify, task_models="emr") for purify in ("weight", "delta", "separate")),
     # Reads base and models alone from its YAML.
@@ -252,7 +260,8 @@ def configuration(
     for index, task in enumerate(place.tasks):
         own = dict(method.model_parameters)
         if data:
-            own["calibration_dataset"] = _calibration(place, index, ablation)
+            source = (ablation or method).calibration
+            own["calibration_dataset"] = _calibration(place, index, source)
         models.append({"model": str(place.expert(task)), "parameters": own})
     result = {
         "merge_method": method.merge_method,
@@ -265,8 +274,7 @@ def configuration(
     return {key: value for key, value in result.items() if value != {}}
 
 
-def _calibration(place: Place, index: int, ablation: Ablation | None) -> str:
-    source = ablation.calibration if ablation else "own"
+def _calibration(place: Place, index: int, source: str) -> str:
     if source in ("none", "self"):
         return source
     task = place.tasks[(index + (source == "next")) % len(place.tasks)]
