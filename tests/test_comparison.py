@@ -244,6 +244,15 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     assert not list((toy.out / "merged").iterdir())
 
     merges, scored = toy.merges, len(toy.setting.scored)
+    finished = bench.Bench(toy.setting, toy.out, quick=False, finished_only=True)
+    finished.prepare((0,))
+    with pytest.raises(SystemExit, match="without .*experts/1/a: leave --finished out"):
+        finished.prepare((0, 1))
+    more = [*chosen, *_chosen("ties", "regmean")]
+    extra = (*ablations, methods.Ablation("tsv_m", "rank", 0.1, {"rank_fraction": 0.1}))
+    there = compare.compare(finished, more, extra, (0,))
+    assert report.write(there, tmp_path / "finished") == markdown
+    assert finished.merges == 0 and len(toy.setting.scored) == scored
     again = compare.compare(toy, chosen, ablations, (0,))
     assert report.write(again, tmp_path / "again") == markdown
     assert (toy.merges, len(toy.setting.scored)) == (merges, scored)

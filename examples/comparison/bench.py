@@ -26,16 +26,26 @@ from methods import Method, Place, text
 Rows = list[np.ndarray]  # per task
 
 
-class Bench:
-    """A setting (`encoder` or `causal`), its folder, and whether it runs small."""
+class NotScored(Exception):
+    """A score that an earlier run has not come to."""
 
-    def __init__(self, setting: ModuleType, out: Path, quick: bool):
+
+class Bench:
+    """A setting (`encoder` or `causal`), its folder, whether it runs small, and whether at all."""
+
+    def __init__(self, setting: ModuleType, out: Path, quick: bool, finished_only: bool = False):
         self.setting, self.out, self.quick = setting, out, quick
+        self.finished_only = finished_only
         self.tasks: tuple[str, ...] = setting.NAMES[:-1] if quick else setting.NAMES
         self.merges = 0
 
     def prepare(self, seeds: tuple[int, ...]) -> None:
         """Base model, calibration data and all experts, unless they are there."""
+        if self.finished_only:
+            experts = [self.place(seed).expert(task) for seed in seeds for task in self.tasks]
+            if missing := [str(folder) for folder in experts if not folder.exists()]:
+                raise SystemExit(f"Nothing is finished without {missing[0]}: leave --finished out.")
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         self.setting.prepare(self.out, self.quick)
         for seed in seeds:
@@ -62,10 +72,16 @@ class Bench:
     def scores(
         self, method: Method, name: str, configuration: dict, seed: int, splits: tuple[str, ...]
     ) -> dict[str, Rows]:
-        """Row scores of a merge on every split; merges only if one is not on disk."""
+        """Row scores of a merge on every split; merges only if one is not on disk.
+
+        Raises:
+            NotScored: one is not, and nothing is to be merged.
+        """
         source = text(method, configuration)
         found = {split: self._read(source, seed, split) for split in splits}
         if any(rows is None for rows in found.values()):
+            if self.finished_only:
+                raise NotScored
             with self.merged(method, name, source, seed) as models:
                 for split in splits:
                     found[split] = self._kept(source, seed, split, models, name)
@@ -140,6 +156,8 @@ class Bench:
         """The parameters that `mergekit-pave suggest` prints for a merge, asked once."""
         file = self.out / "suggested" / f"{self._file(source, seed, '').stem}.yml"
         if not file.exists():
+            if self.finished_only:
+                raise NotScored
             file.parent.mkdir(exist_ok=True)
             config = file.with_suffix(".merge")
             config.write_text(source)

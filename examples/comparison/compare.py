@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from bench import Bench, Rows
+from bench import Bench, NotScored, Rows
 from intervals import Bootstrap, bootstrap
 from methods import Ablation, Method, configuration, text
 from search import Tuned, tune
@@ -71,27 +72,45 @@ def compare(
     if exact:
         _exact_references(bench, seeds, result)
     for method in methods:
-        tuned = _tuned(bench, method, seeds[0])
-        print(
-            f"{method.name}: strength {tuned.strength}, ratio {tuned.ratio}, "
-            f"validation {tuned.value:.4f}", flush=True,
-        )
-        tested = Tested(method, tuned, [])
-        for seed in seeds:
-            config = configuration(method, bench.place(seed), tuned.strength, tuned.ratio)
-            bench.keep_yaml(method.name, seed, text(method, config))
-            splits = ("test", "exact") if exact else ("test",)
-            found = bench.scores(method, method.name, config, seed, splits)
-            tested.rows.append(found["test"])
-            if exact:
-                result.exact.setdefault(method.name, []).append(_mean(found["exact"]))
-        result.tested[method.name] = tested
+        with _unfinished_left_out(method.name):
+            result.tested[method.name] = _tested(bench, method, seeds, exact, result)
     for ablation in ablations:
         if ablation.parent in result.tested:
-            result.ablated.append(
-                _ablated(bench, result.tested[ablation.parent], ablation, seeds[0])
-            )
+            with _unfinished_left_out(ablation.name):
+                result.ablated.append(
+                    _ablated(bench, result.tested[ablation.parent], ablation, seeds[0])
+                )
     return result
+
+
+@contextmanager
+def _unfinished_left_out(name: str) -> Iterator[None]:
+    try:
+        yield
+    except NotScored:
+        print(f"{name}: not finished, left out", flush=True)
+
+
+def _tested(
+    bench: Bench, method: Method, seeds: tuple[int, ...], exact: bool, result: Comparison
+) -> Tested:
+    tuned = _tuned(bench, method, seeds[0])
+    print(
+        f"{method.name}: strength {tuned.strength}, ratio {tuned.ratio}, "
+        f"validation {tuned.value:.4f}", flush=True,
+    )
+    tested, written = Tested(method, tuned, []), []
+    for seed in seeds:
+        config = configuration(method, bench.place(seed), tuned.strength, tuned.ratio)
+        splits = ("test", "exact") if exact else ("test",)
+        found = bench.scores(method, method.name, config, seed, splits)
+        bench.keep_yaml(method.name, seed, text(method, config))
+        tested.rows.append(found["test"])
+        if exact:
+            written.append(_mean(found["exact"]))
+    if exact:
+        result.exact[method.name] = written
+    return tested
 
 
 def _tuned(bench: Bench, method: Method, seed: int) -> Tuned:
@@ -122,8 +141,9 @@ def _ablated(
         before = text(method, configuration(method, place, tuned.strength, tuned.ratio))
         ablation = replace(ablation, parameters=bench.suggested(before, seed))
     config = configuration(method, place, tuned.strength, tuned.ratio, ablation)
+    rows = bench.scores(method, ablation.name, config, seed, ("test",))["test"]
     bench.keep_yaml(ablation.name, seed, text(method, config))
-    return ablation, bench.scores(method, ablation.name, config, seed, ("test",))["test"]
+    return ablation, rows
 
 
 def _exact_references(bench: Bench, seeds: tuple[int, ...], result: Comparison) -> None:

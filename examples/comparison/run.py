@@ -57,6 +57,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
                         help="also let the causal models write answers to the maths questions")
     parser.add_argument("--ablations", type=_names, metavar="CURVE,...",
                         help="these (samples, dampening, calibration, ...) or none; default: all")
+    parser.add_argument("--finished", action="store_true",
+                        help="merge nothing: report what earlier runs have come to the end of")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(arguments)
     args.seeds = args.seeds or ((0,) if args.quick else (0, 1, 2))
@@ -104,7 +106,7 @@ def _setting(name: str, out: Path, args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     os.environ["MERGEKIT_PAVE_CACHE"] = str(out / "cache")
     start = time.perf_counter()
-    bench = Bench(importlib.import_module(name), out, args.quick)
+    bench = Bench(importlib.import_module(name), out, args.quick, args.finished)
     chosen = _methods(args)
     extra = _chosen(ablations(bench.setting.SAMPLE_SIZES, args.quick, bench.setting.WRITES),
                     args.ablations)
