@@ -130,9 +130,9 @@ def _low_rank(tuned: Tensor, base: Tensor, count: int) -> tuple[Factors | None, 
 def _exceeds(delta: Tensor, most: int, total: float) -> bool:
     """Whether `delta` is certain to have more than `most` triples above rounding.
 
-    Nearly every change of a full fine-tuning has, and to decompose it in vain takes many times as
-    long as this look at a part of its columns: none of their singular values is larger than the
-    matrix's own one of the same number, and `total` is at least the square of the largest.
+    Nearly every change of a full fine-tuning has, and need not be decomposed in vain after this
+    look at a part of its columns: none of their singular values is larger than the matrix's own one
+    of the same number, and `total` is at least the square of the largest.
     """
     long = delta if delta.shape[0] > delta.shape[1] else delta.mT
     some = long[:, : most + 1]

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from conftest import make_family, recipe
-from test_merge import merge, tensors_of
+from test_merge import merge
 
 from mergekit_pave.cli import main
-from mergekit_pave.emr_models import load_task_model
+from mergekit_pave.emr_models import load_task_model, task_tensors
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,12 +60,15 @@ def test_a_task_model_is_of_its_class(paths, tmp_path):
     models = [{"model": str(paths[f"expert{i}"])} for i in range(2)]
     merge({"merge_method": "emr", "base_model": str(paths["base"]), "models": models,
            "dtype": "float32"}, tmp_path / "out", trust_remote_code=True)
-    for path in paths["base"].glob("own.py"):
-        (tmp_path / "out" / path.name).write_text(path.read_text())
-    model = load_task_model(
-        tmp_path / "out", "expert1", base=str(paths["base"]), trust_remote_code=True)
+    (tmp_path / "out" / "own.py").write_text(CODE)
+    where = {"base": str(paths["base"])}
+    model = load_task_model(tmp_path / "out", "expert1", trust_remote_code=True, **where)
     assert type(model).__name__ == "OwnForCausalLM"
-    assert all(name in tensors_of(paths["expert1"]) for name in model.state_dict())
+    expected = dict(task_tensors(tmp_path / "out", "expert1", **where,
+                                 options=LoaderOptions(trust_remote_code=True)))
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_untrusted_it_is_refused_with_the_flag_to_add(paths, texts, tmp_path):
