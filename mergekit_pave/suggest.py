@@ -221,6 +221,15 @@ def to_yaml(lines: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
+def overridden(merge: Merge, lines: Sequence[Line]) -> list[str]:
+    """Comments on what the configuration sets at a place that goes before the top level."""
+    return [
+        f"# {model.entry.where} has its own {name}, which goes before the one above: set it there"
+        for name in dict.fromkeys(line.name for line in lines)
+        for model in merge.models if model.entry.sets(name)
+    ]
+
+
 # --- command -------------------------------------------------------------------------------
 
 
@@ -273,4 +282,4 @@ def suggest_cli(config: Path, layers, device, lora_merge_cache, transformers_cac
         if fraction:
             fitted, held = heldout.split(merge, fraction, Path(folder), where)
         lines = suggest(merge, chosen, held, where, threshold, fitted)
-    click.echo(to_yaml(lines))
+    click.echo("\n".join([to_yaml(lines), *overridden(merge, lines)]))

@@ -212,6 +212,18 @@ def test_scarce_data_ask_for_more_rows(families, texts, tmp_path):
     assert "tokens per dimension" in text
 
 
+def test_what_would_override_a_proposal_is_said(config):
+    raw = yaml.safe_load(config.read_text())
+    raw["models"][1]["parameters"]["num_calibration_samples"] = 3
+    raw["parameters"]["num_calibration_samples"] = 2
+    config.write_text(yaml.safe_dump(raw))
+    text = printed(run(config, "--layers", "1"))
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# models[1] has its own num_calibration_samples, which goes before the one above: "
+        "set it there"]
+    assert yaml.safe_load(text)["parameters"]["num_calibration_samples"] > 3
+
+
 def test_held_out_rows_measure_damping_and_gap(config, tmp_path, texts):
     files = [str(write_texts(tmp_path / f"{i}.jsonl", seed=10 + i)) for i in range(2)]
     result = run(config, "--layers", "1", "--held-out", files[0], "--held-out", files[1])

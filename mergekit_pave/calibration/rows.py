@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,7 @@ def open_rows(spec: CalibrationSpec) -> Rows:
         raise PaveError(
             f"calibration_dataset: {GENERATED} is text that a model generates, and here rows of "
             f"a dataset are needed; name one (a folder called {GENERATED} as ./{GENERATED}).")
-    if re.search(r"(?:^|[^a-z])test(?:$|[^a-z])", spec.split.lower()):
-        logger.warning(
-            "calibration_split %r of %s looks like a test split: results measured on it will "
-            "have seen its rows.", spec.split, spec.dataset)
+    _warn_of_test_rows(spec.split, spec.dataset)
     data = open_source(spec)
     with explained(spec):
         names, features = _header(data, spec)
@@ -147,6 +145,15 @@ def open_rows(spec: CalibrationSpec) -> Rows:
     folder = None if path is None else path if path.is_dir() else path.parent
     image = len(columns) == 1 and _is_image(features.get(columns[0]))
     return Rows(spec, data, columns, image, folder)
+
+
+@cache
+def _warn_of_test_rows(split: str, dataset: str) -> None:
+    """Once per process: a check, a calibration and a held-out pass open the same rows."""
+    if re.search(r"(?:^|[^a-z])test(?:$|[^a-z])", split.lower()):
+        logger.warning(
+            "calibration_split %r of %s looks like a test split: results measured on it will "
+            "have seen its rows.", split, dataset)
 
 
 def _header(data: Any, spec: CalibrationSpec) -> tuple[list[str], dict[str, Any]]:

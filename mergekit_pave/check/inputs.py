@@ -24,7 +24,7 @@ from mergekit_pave.parameters import CALIBRATION, COVARIANCE, DATA_FREE, PARAMET
 
 @dataclass(frozen=True)
 class Input:
-    """One fine-tuned model with its parameters, the nearest scope first."""
+    """One fine-tuned model with its parameters, the nearest scope first, the top one last."""
 
     model: ModelReference
     base: ModelReference | None
@@ -36,6 +36,10 @@ class Input:
         """The value of a per-model key, or its default."""
         found = [scope[name] for scope in self.scopes if name in scope]
         return found[0] if found else PARAMETERS[name].default
+
+    def sets(self, name: str) -> bool:
+        """Whether the model, its slice or its module has the key, whatever the top level says."""
+        return any(name in scope for scope in self.scopes[:-1])
 
     def settings(self, name: str) -> list[tuple[str | None, Any]]:
         """All values a key can take, each with the filter it needs (`None`: any tensor)."""
@@ -187,7 +191,7 @@ def _members(
     items: Iterable[Any], where: str, outer: tuple[Mapping[str, Any] | None, ...]
 ) -> Iterator[_Member]:
     for i, item in enumerate(items):
-        scopes = tuple(scope for scope in (item.parameters, *outer) if scope)
+        scopes = tuple(scope or {} for scope in (item.parameters, *outer))
         yield f"{where}[{i}]", item.model, scopes
 
 
