@@ -67,12 +67,13 @@ def write_card(folder: Path | str) -> str:
             f"{folder} was merged with {config.merge_method}, which is no method of mergekit-pave: "
             "mergekit's own card says all there is."
         )
-    clean_source = public.scrub_configuration(source)
     facts = record.read(folder)
     known = facts is not None and facts["merge_method"] == config.merge_method
     if not known:
         facts = record.of_configuration(raw)
-    card = _load(folder, public.scrub(card_text, raw))
+    local = record.local_names(config, facts)
+    clean_source = public.scrub_configuration(source, local)
+    card = _load(folder, public.scrub_card(card_text, raw, local))
     _complete_metadata(card, config, facts)
     figure = next((name for name in FIGURES if (folder / name).exists()), None)
     card.text = _with_section(card.text, section(config, facts, figure))
@@ -138,8 +139,10 @@ def _parents(config: MergeConfiguration, facts: Mapping, listed: Any) -> list[st
     references = [config.base_model, *(entry.model for entry in inputs(config))]
     order = [part.path for ref in references if ref for part in (ref.model, ref.lora) if part]
     # mergekit asked the Hub about names that could be either; a name alone does not tell.
-    found = {name for name in _listed(listed) if not public.is_local(name)}
-    found |= {name for model in facts["models"] for name in model["hub"]}
+    local = record.local_names(config, facts)
+    local |= {public.last_part(name) for name in local}
+    found = {name for name in _listed(listed) if not public.is_local(name)} - local
+    found |= {name for about in (facts["base"], *facts["models"]) if about for name in about["hub"]}
     ordered = [name for name in _unique([*order, *sorted(found)]) if name in found]
     return [name for name in ordered if _is_repo_id(name)] or None
 
@@ -349,5 +352,6 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
     else:
         write_card(folder)
         click.echo(
-            f"{Path(folder) / CARD}: complete; no local path is left in it and in {CONFIGURATION}."
+            f"{Path(folder) / CARD}: complete; no local path of the merge is left in it and in "
+            f"{CONFIGURATION}."
         )

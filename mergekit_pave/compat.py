@@ -6,6 +6,7 @@ Each only turns a crash into what was meant, and does nothing once mergekit is m
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 
 
@@ -14,6 +15,26 @@ class _Aliases(tuple):
 
     def __radd__(self, other: list) -> list:
         return [*other, *self]
+
+
+def mend_cards(card: ModuleType) -> None:
+    """Let `mergekit.card` take a folder that exists for one where the Hub cannot be reached.
+
+    It asks the Hub about local models such as `experts/math`, after all weights are written, and
+    without a network ends before tokenizer and card are.
+    """
+    original = card.is_hf
+
+    @functools.wraps(original)
+    def is_hf(path):
+        try:
+            return original(path)
+        except Exception:  # the client's transport errors share no base with anything
+            if not os.path.exists(path):
+                raise
+            return False
+
+    card.is_hf = is_hf
 
 
 def mend_optional_aliases(plan: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def push_store(
 ) -> str:
     """Upload the covariance store in `folder` as a data set; return the repository's URL.
 
-    A README.md that is there already, with a licence perhaps, is published as it is.
+    A README.md that was edited, to say a licence perhaps, is published as it is.
 
     Raises:
         PaveError: no complete store, a bad repository id, nobody logged in, a failed upload.
@@ -54,12 +55,18 @@ def push_store(
     token = check_target(repo_id, token)
     store = CovarianceStore(folder)
     card = store.folder / CARD
-    if not card.exists():
-        text = store_card(store, repo_id)
+    text = store_card(store, repo_id)
+    if not card.exists() or _is_unedited(card.read_text("utf-8"), store):
         write_atomically(card, lambda path: path.write_text(text, "utf-8"))
     files = [CARD, MANIFEST, "*.safetensors"]
     again = f"mergekit-pave publish {store.folder} {repo_id}"
     return _upload(store.folder, repo_id, "dataset", private, token, again, allow_patterns=files)
+
+
+def _is_unedited(text: str, store: CovarianceStore) -> bool:
+    """Whether a card is as an earlier upload wrote it, to another repository perhaps."""
+    named = re.search(r"^ +covariance: (.+)$", text, re.MULTILINE)
+    return bool(named) and text == store_card(store, named[1])
 
 
 def check_target(repo_id: str, token: str | None = None) -> str:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -14,7 +14,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit_pave.calibration.model import ModelSource
 from mergekit_pave.errors import PaveError
 from mergekit_pave.public import name_of
-from mergekit_pave.store import MANIFEST, CovarianceStore
+from mergekit_pave.store import FINGERPRINTS, MANIFEST, CovarianceStore
+
+# On the Hub, or in its cache while that cannot be reached.
+_NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
     label = name_of(model.model.path)
     if model.lora:
         label += "+" + name_of(model.lora.path)
-    tokenizer = _tokenizer_of(model)
+    tokenizer = tokenizer_of(model, options)
     return ModelSource(
         path=merged.local_path(cache_dir=options.cache_dir),
         label=label,
@@ -67,15 +70,32 @@ def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
     )
 
 
-def _tokenizer_of(model: ModelReference) -> ModelPath:
+def tokenizer_of(model: ModelReference, options: LoaderOptions) -> ModelPath:
     """An adapter's own tokenizer when it ships one, else the model's."""
-    if model.lora and (Path(model.lora.path) / "tokenizer_config.json").exists():
-        return model.lora
-    return model.model
+    return model.lora if model.lora and _has_tokenizer(model.lora, options) else model.model
 
 
-def fetch_store(where: str, options: LoaderOptions) -> CovarianceStore:
+def _has_tokenizer(adapter: ModelPath, options: LoaderOptions) -> bool:
+    name = "tokenizer_config.json"
+    if Path(adapter.path).exists():
+        return (Path(adapter.path) / name).exists()
+    try:
+        hf_hub_download(
+            adapter.path, name, revision=adapter.revision, cache_dir=options.cache_dir)
+    except _NOT_THERE:
+        return False
+    return True
+
+
+def fetch_store(
+    where: str, options: LoaderOptions, covariances: bool = True
+) -> CovarianceStore:
     """Open the store at a local folder, or download it from the Hub (data set or model).
+
+    Args:
+        where: folder or Hub id, perhaps `ID@REVISION`.
+        options: the Hub's cache.
+        covariances: False to download only what tells whose they are.
 
     Raises:
         PaveError: there is no complete store.
@@ -91,10 +111,10 @@ def fetch_store(where: str, options: LoaderOptions) -> CovarianceStore:
                 repo_type=repo_type,
                 revision=revision or None,
                 cache_dir=options.cache_dir,
-                allow_patterns=[MANIFEST, "*.safetensors"],
+                allow_patterns=[MANIFEST, "*.safetensors" if covariances else FINGERPRINTS],
             )
-            return CovarianceStore(folder)
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as failure:
+            return CovarianceStore(folder, complete=covariances)
+        except _NOT_THERE as failure:
             error = failure
     raise PaveError(
         f"covariance: {where!r} is neither a local folder nor a covariance store on the Hub "

@@ -20,6 +20,9 @@ from mergekit_pave.store import write_atomically
 _COMPANIONS = re.compile(
     r"(config|generation_config|special_tokens_map|added_tokens|chat_template|vocab|\w*tokenizer\w*"
     r"|\w*processor(_config)?)\.json|.*\.(py|model|jinja|tiktoken|spm)|(vocab|merges)\.txt"
+    # Of single tokenizers, as transformers' `vocab_files_names` lists them.
+    r"|(tekken|entity_vocab|target_vocab|vocab-(src|tgt)|normalizer|emoji|byte_maps|word_shape"
+    r"|word_pronunciation)\.json|dict\.txt|bpe\.codes|prophetnet\.tokenizer"
 )
 # Keys in them that can hold a path of the machine they were made on.
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")

@@ -93,6 +93,7 @@ def attach(module: ModuleType) -> None:
     if module.__name__ == "mergekit.plan":
         compat.mend_optional_aliases(module)
     elif module.__name__ == "mergekit.merge":
+        compat.mend_cards(sys.modules["mergekit.card"])
         _guard(module)
 
 
@@ -116,6 +117,7 @@ def _guard(module: ModuleType) -> None:
         if not check.is_ours(name) and not check.looks_like_ours(name):
             if warning := check.ignored(merge_config):
                 logger.warning("%s", warning)
+            record.discard(out_path)
             return original(merge_config, out_path, options, config_source)
         loading = LoaderOptions(
             options.transformers_cache,
@@ -129,12 +131,12 @@ def _guard(module: ModuleType) -> None:
             logger.warning("%s", warning)
         statistics = shared_statistics()
         statistics.reset()
+        record.discard(out_path)
         result = original(merge_config, out_path, options, config_source)
-        if not any(statistics.counts.values()):  # a method that looks at no covariance
-            return result
         if options.write_model_card:
-            record.write(out_path, record.of_merge(name, statistics))
-        if not options.quiet:
+            record.write(out_path, record.of_merge(merge_config, statistics))
+        # A method that looks at no covariance counts nothing.
+        if any(statistics.counts.values()) and not options.quiet:
             treated = merge_methods.get(name).treated
             print(statistics.coverage(treated), file=sys.stderr)  # noqa: T201
         return result

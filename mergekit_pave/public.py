@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ _LOOSE = re.compile(
     | (?<!\w)[A-Za-z]:[\\/]+[^\s"'`,;()<>\[\]{}|*]+""",
     re.VERBOSE,
 )
+_YAML_BLOCK = re.compile(r"(^```ya?ml\n.*?^```)", re.MULTILINE | re.DOTALL)
 
 
 def is_local(path: str) -> bool:
@@ -32,8 +33,11 @@ def is_local(path: str) -> bool:
 
 def name_of(path: str) -> str:
     """A Hub id or URL as it is; a local path's last part, `local` where that is a user's name."""
-    if not is_local(path):
-        return path
+    return last_part(path) if is_local(path) else path
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder, `local` where that is a user's."""
     parts = [part for part in re.split(r"[\\/]+", path) if part]
     name = parts[-1] if parts else "local"
     if name in (".", ".."):
@@ -45,22 +49,39 @@ def name_of(path: str) -> str:
     return name if yaml.safe_load(name) == name else f"./{name}"
 
 
-def scrub(text: str, raw: Any) -> str:
-    """`text` with every local path of the configuration `raw`, and any other, cut to its name."""
-    for path in sorted(set(local_paths(raw)), key=len, reverse=True):
+def scrub_card(text: str, raw: Any, local: Collection[str] = ()) -> str:
+    """A model card without local paths, for which see `scrub_configuration`.
+
+    Those of the configuration go wherever they are; any other only from a block of YAML, where a
+    comment may have it. Elsewhere it may as well be a link of the user's own.
+    """
+    parts = _YAML_BLOCK.split(_without(text, raw, local))
+    return "".join(_LOOSE.sub(_name_found, part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def _without(text: str, raw: Any, local: Collection[str]) -> str:
+    for path in sorted({*local_paths(raw), *local}, key=len, reverse=True):
         exact = rf"(?<![\w./~\\-]){re.escape(path)}(?![\w\\/-]|\.\w)"
         # As a template the name would be read for backslashes.
-        text = re.sub(exact, name_of(path).replace("\\", r"\\"), text)
-    return _LOOSE.sub(lambda found: name_of(found[0]), text)
+        text = re.sub(exact, last_part(path).replace("\\", r"\\"), text)
+    return text
 
 
-def scrub_configuration(text: str) -> str:
+def _name_found(found: re.Match) -> str:
+    return name_of(found[0])
+
+
+def scrub_configuration(text: str, local: Collection[str] = ()) -> str:
     """The YAML source of a merge without local paths; it still says the same otherwise.
+
+    Args:
+        text: the source.
+        local: names in it that are known to be paths, however they look from here.
 
     Raises:
         PaveError: a path is written in a way that it cannot be cut out safely.
     """
-    clean = scrub(text, yaml.safe_load(text))
+    clean = _LOOSE.sub(_name_found, _without(text, yaml.safe_load(text), local))
     for path in local_paths(yaml.safe_load(clean)):
         if name_of(path) != path:
             raise PaveError(

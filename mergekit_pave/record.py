@@ -3,6 +3,7 @@
     {"kind": "mergekit-pave merge report", "format": 1,
      "merge_method": "pave_ties", "version": "0.1.0",
      "tensors": {"purified": 168, "plain": 123} or null,
+     "base": {"id": "meta-llama/Llama-2-7b-hf", "hub": [...]} or null,
      "models": [{
         "id": "WizardLMTeam/WizardMath-7B-V1.0",   a Hub id, or a local folder's own name
         "hub": ["WizardLMTeam/WizardMath-7B-V1.0"],   the Hub ids it consists of; [] when local
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 
 from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.check.inputs import Input, calibration_spec, configuration, inputs
@@ -56,15 +58,27 @@ class Kept(Protocol):
     data_free: Collection[Hashable]
 
 
-def of_merge(method: str, kept: Kept) -> dict[str, Any]:
+def of_merge(config: MergeConfiguration, kept: Kept) -> dict[str, Any]:
     """The record of a merge that has just ended."""
     models = []
-    for model in sorted({*kept.used, *kept.ranks, *kept.data_free}, key=str):
-        if isinstance(model, ModelReference):
-            models.append(_model(model, kept.used.get(model), kept.ranks.get(model)))
-            if model in kept.data_free:
-                models[-1]["data"] = dict(_NO_DATA)
-    return _record(method, {what: len(names) for what, names in kept.counts.items()}, models)
+    for model in dict.fromkeys(entry.model for entry in inputs(config)):
+        models.append(_model(model, kept.used.get(model), kept.ranks.get(model)))
+        if model in kept.data_free:
+            models[-1]["data"] = dict(_NO_DATA)
+    counts = {what: len(names) for what, names in kept.counts.items()}
+    return _record(config, counts if any(counts.values()) else None, models)
+
+
+def local_names(config: MergeConfiguration, record: Mapping[str, Any]) -> set[str]:
+    """What the merge found to be files and folders; from elsewhere `a/b` may look like a Hub id."""
+    entries, models = inputs(config), record["models"]
+    hub = {name for about in (record["base"] or {"hub": []}, *models) for name in about["hub"]}
+    references = [config.base_model, *(entry.model for entry in entries)]
+    found = {path for model in references if model for path in _paths(model) if path not in hub}
+    if any(about["data"] is None for about in models):
+        return found
+    named = {entry.get("calibration_dataset") for entry in entries} - {None, DATA_FREE, GENERATED}
+    return found | (named - {m["data"]["dataset"] for m in models if not m["data"]["local"]})
 
 
 def of_configuration(raw: Any, options: LoaderOptions | None = None) -> dict[str, Any]:
@@ -78,12 +92,23 @@ def of_configuration(raw: Any, options: LoaderOptions | None = None) -> dict[str
         if store is None and entry.get("calibration_dataset"):
             model["data"] = _intended(entry)
         models.append(model)
-    return _record(config.merge_method, None, models)
+    return _record(config, None, models)
 
 
 def write(folder: Path | str, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(Path(folder) / NAME, lambda path: path.write_text(text, "utf-8"))
+
+
+def discard(folder: Path | str) -> None:
+    """Remove the record of an earlier merge into the same folder."""
+    path = Path(folder) / NAME
+    try:
+        ours = json.loads(path.read_text("utf-8"))["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if ours:
+        path.unlink()
 
 
 def read(folder: Path | str) -> dict[str, Any] | None:
@@ -96,7 +121,8 @@ def read(folder: Path | str) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text("utf-8"))
         good = record["kind"] == KIND and record["format"] == FORMAT
-        good = good and all({"id", "hub"} <= model.keys() for model in record["models"])
+        named = [record["base"] or {"id": None, "hub": []}, *record["models"]]
+        good = good and all({"id", "hub"} <= about.keys() for about in named)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -109,24 +135,37 @@ def read(folder: Path | str) -> dict[str, Any] | None:
     return record
 
 
-def _record(method: str, tensors: Mapping[str, int] | None, models: list[dict]) -> dict[str, Any]:
+def _record(
+    config: MergeConfiguration, tensors: Mapping[str, int] | None, models: list[dict]
+) -> dict[str, Any]:
     return {
         "kind": KIND,
         "format": FORMAT,
-        "merge_method": method,
+        "merge_method": config.merge_method,
         "version": version("mergekit-pave"),
         "tensors": tensors,
+        "base": config.base_model and _names(config.base_model),
         "models": models,
     }
+
+
+def _names(model: ModelReference) -> dict[str, Any]:
+    paths = _paths(model)
+    return {
+        "id": "+".join(map(name_of, paths)),
+        "hub": [path for path in paths if not is_local(path)],
+    }
+
+
+def _paths(model: ModelReference) -> list[str]:
+    return [part.path for part in (model.model, model.lora) if part]
 
 
 def _model(
     model: ModelReference, store: CovarianceStore | None, ranks: Ranks | None
 ) -> dict[str, Any]:
-    paths = [part.path for part in (model.model, model.lora) if part]
     return {
-        "id": "+".join(map(name_of, paths)),
-        "hub": [path for path in paths if not is_local(path)],
+        **_names(model),
         "data": _published(store.manifest["data"]) if store else None,
         "statistics": _statistics(store) if store else None,
         "ranks": {name: list(pair) for name, pair in sorted(ranks.items())} if ranks else None,
@@ -158,8 +197,8 @@ def _left_store(entry: Input, options: LoaderOptions) -> CovarianceStore | None:
     """The store that a merge of `entry` would have used, if it can be told for certain."""
     try:
         if where := entry.get("covariance"):
-            return fetch_store(where, options)
-        # Never a download for the sake of a card.
+            return fetch_store(where, options, covariances=False)
+        # Never a model's download for the sake of a card.
         dataset = entry.get("calibration_dataset")
         if dataset not in (None, DATA_FREE) and os.path.isdir(entry.model.model.path):
             return _cached(entry, digest(model_source(entry.model, options).tensors()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 FINGERPRINTS = "fingerprints.safetensors"
+# A number stands for the layer, or a `*` for any.
+_NUMBERED = re.compile(r"(?P<before>.+?)\.(?P<layer>[^.]+\.(?:\d+|\*)\..+)")
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,15 @@ class StoreWriter:
 class CovarianceStore:
     """A finished store, read lazily: one covariance at a time.
 
+    Args:
+        folder: where it lies.
+        complete: False for one of which only the manifest and the fingerprints are there.
+
     Raises:
         PaveError: the folder holds no complete store, or a file of it is damaged.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, complete: bool = True):
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         try:
@@ -183,7 +190,7 @@ class CovarianceStore:
             self.skipped: dict[str, str] = dict(manifest["skipped"])
             with safe_open(self.folder / FINGERPRINTS, "pt") as file:
                 self._fingerprints = {name: file.get_tensor(name) for name in self.weights}
-            for file_name in {site.file for site in self.sites.values()}:
+            for file_name in {site.file for site in self.sites.values() if complete}:
                 with safe_open(self.folder / file_name, "pt"):
                     pass
         except (KeyError, TypeError, OSError, SafetensorError) as error:
@@ -260,8 +267,17 @@ class CovarianceStore:
 
 
 def same_layer(a: str, b: str) -> bool:
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    return longer == shorter or longer.endswith("." + shorter)
+    """Whether two names can be those of one tensor.
+
+    One may have a prefix more, and what stands before the layers' number another order: class
+    `model.language_model.layers.0.x`, checkpoint `language_model.model.layers.0.x`.
+    """
+    shorter, longer = sorted((a, b), key=len)
+    if longer == shorter or longer.endswith("." + shorter):
+        return True
+    one, other = _NUMBERED.fullmatch(shorter), _NUMBERED.fullmatch(longer)
+    return bool(one and other and one["layer"] == other["layer"]
+                and {*one["before"].split(".")} <= {*other["before"].split(".")})
 
 
 def _crc32(tensor: Tensor) -> int:

@@ -134,6 +134,15 @@ def recipe(paths: dict[str, Path], data: list[Path], method: str = "pave_task_ar
             "parameters": {"rank_ratio": 0.9, "num_calibration_samples": 20, **parameters}}
 
 
+def cached_repository(folder: Path) -> Path:
+    """A repository as the Hub's cache has it; returns the folder for its files."""
+    snapshot = folder / "snapshots" / ("0" * 40)
+    for made in (snapshot, folder / "refs"):
+        made.mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
 def write_images(folder: Path, count: int = 12, seed: int = 0) -> Path:
     """A folder of small PNG images."""
     from PIL import Image

@@ -194,13 +194,23 @@ def kept(tmp_path, **ranks) -> SimpleNamespace:
         data_free=frozenset())
 
 
+MATH = {"WizardLMTeam__WizardMath-7B-V1.0": {"a": (9, 1)}}
+
+
+def recorded_as(out: Path, state: SimpleNamespace, **changes) -> None:
+    """The record that a merge with that outcome leaves."""
+    raw = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
+    config = MergeConfiguration.model_validate({**raw, **changes})
+    record.write(out, record.of_merge(config, state))
+
+
 def test_record_of_a_merge(tmp_path):
     out = make_output(tmp_path / "out", HUB)
-    state = kept(tmp_path, WizardLMTeam__Math={"a": (100, 10), "b": (300, 2)})
-    record.write(out, record.of_merge("pave_ties", state))
+    state = kept(tmp_path, **{"WizardLMTeam__WizardMath-7B-V1.0": {"a": (100, 10), "b": (300, 2)}})
+    recorded_as(out, state)
     facts = record.read(out)
     assert facts["tensors"] == {"purified": 2, "plain": 1}
-    assert facts["models"][0]["hub"] == ["WizardLMTeam/Math"]
+    assert facts["models"][0]["hub"] == ["WizardLMTeam/WizardMath-7B-V1.0"]
     assert facts["models"][0]["ranks"] == {"a": [100, 10], "b": [300, 2]}
     text = write_card(out)
     assert "97.00% (90.00% to 99.33% per tensor)" in text
@@ -210,9 +220,40 @@ def test_record_of_a_merge(tmp_path):
 
 def test_record_of_another_merge_is_replaced(tmp_path):
     out = make_output(tmp_path / "out", HUB)
-    record.write(out, record.of_merge("pave_task_arithmetic", kept(tmp_path, x={"a": (9, 1)})))
+    recorded_as(out, kept(tmp_path, **MATH), merge_method="pave_task_arithmetic")
     assert "88.89%" not in write_card(out)
     assert record.read(out)["merge_method"] == "pave_ties"
+
+
+def test_what_was_local_to_the_merge_is_so_from_elsewhere(tmp_path, monkeypatch):
+    """`experts/math` looks like a Hub id where there is no such folder."""
+    for name in ("base", "experts/math", "experts/code"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = make_output(tmp_path / "out", """\
+merge_method: regmean
+base_model: base
+models:
+  - model: experts/math
+    parameters: {calibration_dataset: rows/math}
+  - model: org/code
+    parameters: {calibration_dataset: openai/gsm8k}
+""")
+    # mergekit asked the Hub, where somebody has a model of that name.
+    card = ModelCard.load(out / "README.md")
+    card.data.base_model = ["experts/math", "org/code"]
+    card.save(out / "README.md")
+    state = kept(tmp_path / "stores", experts__math={}, org__code={})
+    local = make_store(tmp_path / "local", dataset="math", local=True)
+    state.used[ModelReference.model_validate("experts/math")] = local
+    recorded_as(out, state)
+    monkeypatch.chdir(out)
+    data = ModelCard(write_card(".")).data
+    assert data.base_model == ["org/code"] and data.datasets == ["openai/gsm8k"]
+    assert "experts/math" not in texts_of(out) and "rows/math" not in texts_of(out)
+    raw = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
+    assert [model["model"] for model in raw["models"]] == ["math", "org/code"]
 
 
 def test_the_users_own_words_stay(tmp_path):
@@ -287,7 +328,7 @@ def test_covariances_that_solved_a_merge(tmp_path):
     out = own(tmp_path / "out", "regmean", "{averaging: 0.2}")
     assert "| org/math | [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k)" in (
         write_card(out))
-    record.write(out, record.of_merge("regmean", kept(tmp_path, org__math={})))
+    recorded_as(out, kept(tmp_path, org__math={}))
     text = write_card(out)
     assert "* 2 tensors were merged by their covariances, 1 merged plainly." in text
     assert "linear layers that were not merged by their covariances (vocabulary layer: 1)" in text
@@ -298,7 +339,7 @@ def test_covariances_that_solved_a_merge(tmp_path):
 @pytest.mark.parametrize("method", ["pave_tsv_m", "pave_emr", "pave_regmean"])
 def test_a_twin_of_a_method_of_ours_cites_both(tmp_path, method):
     out = own(tmp_path / "out", method)
-    record.write(out, record.of_merge(method, kept(tmp_path, org__math={"a": (10, 1)})))
+    recorded_as(out, kept(tmp_path, org__math={"a": (10, 1)}))
     text = write_card(out)
     inner = method.removeprefix("pave_")
     for paper in (PAVES, *PAPERS[inner]):
@@ -315,7 +356,7 @@ def test_what_purified_nothing_does_not_claim_it(tmp_path, method, recorded):
     if recorded:
         state = SimpleNamespace(counts={"purified": set(), "plain": {"a"}}, used={}, ranks={},
                                 data_free=set())
-        record.write(out, record.of_merge(method, state))
+        recorded_as(out, state)
     text = write_card(out)
     assert f"Nothing was purified: the merge is that of `{method.removeprefix('pave_')}`." in text
     assert f"eprint = {{{PAVES}}}" not in text and "before they were merged" not in text
@@ -381,11 +422,26 @@ def test_public_names(path, name):
     assert public.name_of(name) == name
 
 
+LINKS = """\
+![plot](./figures/plot.png) and <img src="../a.png">, [notes](./docs/notes.md)
+from /r/LocalLLaMA/comments at 5 tokens /s/GPU
+"""
+
+
+def test_the_users_links_stay(tmp_path):
+    out = make_output(tmp_path / "out", LOCAL.format(root="/srv/work", home="/home/a"))
+    with (out / "README.md").open("a") as card:
+        card.write(LINKS)
+    text = write_card(out)
+    assert LINKS in text and "/srv" not in text and "/home/a" not in text
+
+
 @pytest.mark.parametrize("text", [
     "see https://huggingface.co/a/b/c and [this](https://arxiv.org/abs/1)", "either/or, 1/2/3",
     "</details>", "TIES / DARE", "model.layers/0", "100 MB/s"])
 def test_scrub_leaves_the_rest(text):
-    assert public.scrub(text, {}) == text
+    assert public.scrub_card(text, {}) == text
+    assert public.scrub_card(f"```yaml\n{text}\n```", {}) == f"```yaml\n{text}\n```"
 
 
 def test_path_that_cannot_be_cut_out_is_refused():
@@ -404,7 +460,7 @@ def test_path_that_cannot_be_cut_out_is_refused():
 def test_the_card_says_what_was_purified(tmp_path, parameters, words):
     source = HUB.replace("{rank_ratio: 0.98}", parameters)
     out = make_output(tmp_path / "out", source)
-    record.write(out, record.of_merge("pave_ties", kept(tmp_path, x={"a": (9, 1)})))
+    recorded_as(out, kept(tmp_path, **MATH))
     text = write_card(out)
     assert all(word in text for word in words)
     assert "None" not in text
@@ -416,7 +472,7 @@ def test_covariances_without_data_are_called_so(tmp_path):
     last = ModelReference.model_validate("RedHatAI/Llama-2-7b-evolcodealpaca")
     state = SimpleNamespace(counts={"purified": {"a"}, "plain": set()}, used={}, ranks={},
                             data_free={last})
-    record.write(out, record.of_merge("pave_ties", state))
+    recorded_as(out, state)
     said = "none (covariances estimated from the task vector)"
     assert f"| {last} | {said} | - | - | - |" in write_card(out)
     assert "none" not in metadata_load(out / "README.md").get("datasets", [])

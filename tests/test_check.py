@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -552,7 +553,7 @@ def test_modules(good):
 
 
 def test_covariance_beside_data_is_a_warning(good, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_pave.check.models.fetch_store", lambda *a: None)
+    monkeypatch.setattr("mergekit_pave.check.models.fetch_store", lambda *a, **k: None)
     monkeypatch.setattr("mergekit_pave.check.models._check_owner", lambda *a: None)
     (finding,) = check(change(good, f"{MODEL}.covariance", str(tmp_path)), OPTIONS)
     assert (finding.level, finding.where) == ("warning", "models[0]")
@@ -571,15 +572,31 @@ def test_flags_that_lift_a_refusal(good, tmp_path):
     assert errors(larger, allowed=Allowances(crimes=True)) == []
 
 
-def test_architectures_mergekit_takes_by_tensor_name(families, texts, tmp_path):
+@pytest.fixture
+def of_class(families, texts, tmp_path):
+    """A merge of DebertaV2ForSequenceClassification whose base is of another class."""
+    def make(name: str) -> dict:
+        raw = recipe(families("deberta"), texts)
+        config = json.loads((Path(raw["base_model"]) / "config.json").read_text())
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text(
+            json.dumps({**config, "architectures": [name]}))
+        return change(raw, "base_model", str(tmp_path / "base"))
+
+    return make
+
+
+def test_architectures_mergekit_takes_by_tensor_name(of_class):
     """A base without the fine-tunes' head: mergekit merges what both have."""
-    raw = recipe(families("deberta"), texts)
-    folder = tmp_path / "base"
-    folder.mkdir()
-    config = json.loads((Path(raw["base_model"]) / "config.json").read_text())
-    config["architectures"] = ["DebertaV2ForMaskedLM"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert errors(change(raw, "base_model", str(folder))) == []
+    assert errors(of_class("DebertaV2ForMaskedLM")) == []
+
+
+def test_a_base_whose_class_has_other_names(of_class):
+    """mergekit takes the names of the base's class, and would find nothing of the fine-tunes."""
+    found = errors(of_class("DebertaV2Model"))
+    assert len(found) == 2
+    assert re.search(r"leave 16 weights of .*expert0 out .* a DebertaV2Model, calls encoder.* "
+                     r"DebertaV2ForSequenceClassification.from_pretrained", found[0])
 
 
 # --- preflight -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from mergekit_pave.compress import compress
 from mergekit_pave.compressed import Compressed, pack, restore
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.tsv import kept_rank
+from mergekit_pave.model_folder import copy_companions
 from mergekit_pave.reconstruct import reconstruct
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -295,6 +296,20 @@ def test_a_head_and_a_config_of_its_own(families, tmp_path):
     assert torch.equal(tensors_of(tmp_path / "m")["extra.weight"], tuned["extra.weight"])
     assert transformers.AutoConfig.from_pretrained(tmp_path / "m").id2label[1] == "b"
     assert json.loads((tmp_path / "m" / "config.json").read_text())["_name_or_path"] == "odd"
+
+
+@pytest.mark.parametrize("name", ["bpe.codes", "tekken.json", "vocab-src.json", "merges.txt",
+                                  "tokenizer.model", "preprocessor_config.json", "modeling_x.py"])
+def test_files_of_the_tokenizer_come_along(families, tmp_path, name):
+    paths = families("llama")
+    tuned = tmp_path / "tuned"
+    shutil.copytree(paths["expert0"], tuned)
+    (tuned / name).write_text("of its own")
+    (tuned / "training_args.bin").write_text("not of the model")
+    (tuned / "trainer_state.json").write_text("{}")
+    names = copy_companions(tuned, paths["base"], tmp_path / "out")
+    assert name in names and not {"training_args.bin", "trainer_state.json"} & {*names}
+    assert (tmp_path / "out" / name).read_text() == "of its own"
 
 
 def test_names_are_public(families, tmp_path):

@@ -246,6 +246,14 @@ def test_push_store_keeps_the_users_card(hub, tmp_path):
     assert hub.repos["datasets/me/statistics"]["README.md"] == text.encode()
 
 
+def test_the_card_of_another_try_is_not_the_users(hub, tmp_path):
+    make_store(tmp_path / "store")
+    push_store(tmp_path / "store", "me/first")
+    push_store(tmp_path / "store", "me/second")
+    card = hub.repos["datasets/me/second"]["README.md"].decode()
+    assert "covariance: me/second" in card and "me/first" not in card
+
+
 # --- refusals ------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,13 +12,21 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
-from conftest import CLASSES, make_family, write_images, write_texts, write_tokenizer
+from conftest import (
+    CLASSES,
+    cached_repository,
+    make_family,
+    write_images,
+    write_texts,
+    write_tokenizer,
+)
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import TensorGroup, get, merge_tensors, registered_methods
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import main as pytorch_command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_calibration import reference, source_of, spec_of
 
 import mergekit_pave
@@ -25,7 +34,7 @@ from mergekit_pave import statistics
 from mergekit_pave.calibration import run as calibration_run
 from mergekit_pave.check import check
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.locate import LoaderOptions, tokenizer_of
 from mergekit_pave.method import PaveMerge
 
 METHODS = ["task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
@@ -263,6 +272,16 @@ def _slices(config: dict, first: int, last: int) -> dict:
     return {**config, "slices": [{"sources": sources}]}
 
 
+def test_an_adapter_on_the_hub_brings_its_own_tokenizer(families, tmp_path):
+    hub, base = tmp_path / "hub", families("llama")["base"]
+    adapter = cached_repository(hub / "models--me--adapter")
+    options = LoaderOptions(cache_dir=str(hub), lora_merge_cache=str(tmp_path / "merged"))
+    reference = ModelReference.model_validate(f"{base}+me/adapter")
+    assert tokenizer_of(reference, options) == reference.model
+    write_tokenizer(adapter)
+    assert tokenizer_of(reference, options) == reference.lora
+
+
 def test_slices_find_their_own_layers(families, texts, tmp_path):
     paths = families("llama")
     config = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
@@ -494,6 +513,39 @@ def test_so_are_they_by_methods_that_look_at_no_data(families, tmp_path, method)
     today = families("vit")
     config |= {"base_model": str(today["base"]), "models": [{"model": str(today["expert0"])}]}
     assert [n for n in merge(config, tmp_path / "today") if n.endswith("0.mlp.fc1.weight")]
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "emr"])
+def test_so_is_a_base_of_another_class(families, tmp_path, method):
+    """The merge would be the base."""
+    paths = families("vit")
+    bare = transformers.AutoModel.from_pretrained(paths["base"])
+    bare.save_pretrained(tmp_path / "bare", save_original_format=False)
+    config = {"merge_method": method, "base_model": str(tmp_path / "bare"),
+              "models": [{"model": str(paths["expert0"])}]}
+    with pytest.raises(PaveError, match="leave 12 weights of .*expert0 out .* a ViTModel"):
+        merge(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["regmean", "tsv_regmean", "pave_regmean", "pave_tsv_regmean",
+                                    "tsv_m", "pave_ties"])
+def test_a_tensor_that_only_the_base_has_stays(families, tmp_path, method):
+    """As `position_ids` of a BERT from an older transformers."""
+    paths = families("bert")
+    base = tensors_of(paths["base"])
+    positions = torch.arange(64)[None]
+    shutil.copytree(paths["base"], tmp_path / "base")
+    save_file({**base, "embeddings.position_ids": positions},
+              tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    config = config_of({**paths, "base": tmp_path / "base"}, method, ["none"])
+    if "regmean" in method or method == "tsv_m":
+        own = {} if method == "tsv_m" else {"calibration_dataset": "none"}
+        config["models"] = [{"model": m["model"], "parameters": own} for m in config["models"]]
+    out = merge(config, tmp_path / "out")
+    assert out.pop("embeddings.position_ids").equal(positions)
+    assert out.keys() == base.keys()
+    assert not out["encoder.layer.0.output.dense.weight"].equal(
+        base["encoder.layer.0.output.dense.weight"])
 
 
 def test_a_cut_deeper_than_the_fine_tuning_is_said(families, texts, tmp_path, capsys):

@@ -13,6 +13,7 @@ from test_merge import config_of, merge, papers_formula, tensors_of
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.regmean import flattened, regmean
+from mergekit_pave.plugin import shared_statistics
 
 
 def closed_form(weights, covariances, off_diagonal, shares=None):
@@ -174,6 +175,29 @@ def test_without_data_the_task_vectors_stand_in_for_the_inputs(families, tmp_pat
     position = "transformer.wpe.weight"
     assert not torch.equal(purified[name], plain[name])
     assert torch.equal(purified[position], plain[position])
+
+
+def test_without_data_a_vision_language_models_layers_are_known(tmp_path):
+    """Its checkpoint, and mergekit, call them otherwise than its class."""
+    text = transformers.MistralConfig(
+        vocab_size=94, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=16, patch_size=4, head_dim=8)
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision)
+    for name in ("base", "expert0", "expert1"):
+        model = transformers.Mistral3ForConditionalGeneration(config)
+        model.save_pretrained(tmp_path / name)
+    raw = {"merge_method": "regmean", "base_model": str(tmp_path / "base"), "dtype": "float32",
+           "models": [{"model": str(tmp_path / f"expert{i}")} for i in range(2)],
+           "parameters": {"calibration_dataset": "none"}}
+    merged = merge(raw, tmp_path / "out")
+    solved = shared_statistics().counts["purified"]
+    layers = [n for n in merged if n.startswith("language_model.model.layers") and "proj" in n]
+    assert len(layers) == 14 and solved >= set(layers)
+    assert any("vision_tower" in name for name in solved)
+    assert "language_model.lm_head.weight" not in solved
 
 
 def test_it_says_what_is_missing(families, texts, tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import cached_repository
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from mergekit_pave.covariance import SecondMoment, fold, unfold
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import LENGTH, fingerprint, same
-from mergekit_pave.store import FINGERPRINTS, MANIFEST, CovarianceStore, StoreWriter, Weight
+from mergekit_pave.locate import LoaderOptions, fetch_store
+from mergekit_pave.store import (
+    FINGERPRINTS,
+    MANIFEST,
+    CovarianceStore,
+    StoreWriter,
+    Weight,
+    same_layer,
+)
 
 
 @given(st.integers(1, 40), st.integers(0, 2**31))
@@ -94,6 +104,26 @@ def test_values_decide_which_layer_it_is(store):
     assert store.find(first, w[first].T) is None
 
 
+@pytest.mark.parametrize(("a", "b", "same"), [
+    ("model.layers.0.mlp.up.weight", "layers.0.mlp.up.weight", True),
+    # Mistral3 and Gemma3, then Qwen2-VL: the class's name, the checkpoint's.
+    ("model.language_model.layers.0.mlp.up.weight",
+     "language_model.model.layers.0.mlp.up.weight", True),
+    ("model.language_model.layers.0.mlp.up.weight", "model.layers.0.mlp.up.weight", True),
+    ("model.language_model.layers.*.mlp.up.weight", "model.layers.*.mlp.up.weight", True),
+    ("model.visual.blocks.0.attn.qkv.weight", "visual.blocks.0.attn.qkv.weight", True),
+    ("model.language_model.layers.0.mlp.up.weight", "model.layers.1.mlp.up.weight", False),
+    ("model.vision_tower.layers.0.mlp.up.weight",
+     "language_model.model.layers.0.mlp.up.weight", False),
+    ("encoder.block.0.layer.0.q.weight", "decoder.block.0.layer.0.q.weight", False),
+    ("model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.fc1.weight", False),
+    ("model.layers.0.mlp.up.weight", "model.layers.0.mlp.gate.weight", False),
+    ("lm_head.weight", "model.embed_tokens.weight", False),
+])
+def test_names_of_one_tensor(a, b, same):
+    assert same_layer(a, b) is same and same_layer(b, a) is same
+
+
 def test_rounded_weights_are_known_once_their_checkpoint_is(store):
     rounded = {name: w.to(torch.bfloat16) for name, w in store.originals.items()}
     first = next(iter(rounded))
@@ -119,6 +149,17 @@ def test_a_folder_without_manifest_is_no_store(store):
     (store.folder / MANIFEST).unlink()
     with pytest.raises(PaveError, match="has no manifest.json"):
         CovarianceStore(store.folder)
+
+
+def test_whose_a_store_is_can_be_told_without_its_covariances(store, tmp_path):
+    """In the Hub's cache there is what `check` has downloaded."""
+    snapshot = cached_repository(tmp_path / "hub" / "datasets--me--store")
+    for name in (MANIFEST, FINGERPRINTS):
+        shutil.copy(store.folder / name, snapshot)
+    options = LoaderOptions(cache_dir=str(tmp_path / "hub"))
+    assert fetch_store("me/store", options, covariances=False).weights == store.weights
+    with pytest.raises(PaveError, match="damaged"):
+        fetch_store("me/store", options)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"kind": "other"}'])

@@ -22,8 +22,8 @@ from mergekit_pave.calibration.encode import ImageEncoder, SkipRow, TextEncoder
 from mergekit_pave.calibration.limits import main_input
 from mergekit_pave.calibration.processors import load_image_processor, load_tokenizer
 from mergekit_pave.calibration.rows import TOKENS, CalibrationSpec, Rows, open_rows
-from mergekit_pave.calibration.sources import local_path
 from mergekit_pave.errors import PaveError
+from mergekit_pave.public import is_local, name_of
 
 __all__ = [
     "CalibrationSpec", "Rows", "Samples", "batches", "load_samples", "make_samples", "open_rows",
@@ -218,10 +218,9 @@ def _notes(
     skipped: Counter[str],
 ) -> dict[str, Any]:
     spec = rows.spec
-    path = local_path(spec.dataset)
     notes = {
-        "dataset": spec.dataset if path is None else path.absolute().name,
-        "local": path is not None,
+        "dataset": name_of(spec.dataset),
+        "local": is_local(spec.dataset),
         "config": spec.config,
         "split": spec.split,
         "columns": list(rows.columns),

@@ -20,6 +20,7 @@ from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.inputs import Input, calibration_spec, inputs
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions, fetch_store
+from mergekit_pave.merging.planning import named_otherwise
 from mergekit_pave.store import CovarianceStore
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -53,6 +54,10 @@ def check_models(
                 f"{base.architectures[0]}; merging needs one architecture."
             )
             continue
+        if None in map(arch_info_for_config, (own, base)):
+            if fault := named_otherwise(model, own, base, options.trust_remote_code):
+                yield error(where, fault)
+                continue
         sliced = config.slices or any(m.slices for m in (config.modules or {}).values())
         for key in _WIDTHS if sliced else _LAYERS + _WIDTHS:
             ours, theirs = _get(own, key), _get(base, key)
@@ -164,7 +169,7 @@ def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[F
             continue
         try:
             if store := entry.get("covariance"):
-                _check_owner(fetch_store(store, options), entry)
+                _check_owner(fetch_store(store, options, covariances=False), entry)
             elif entry.get("calibration_dataset"):
                 yield from _check_rows(entry, options)
         except PaveError as fault:

@@ -52,7 +52,7 @@ class TsvRegMean(CovarianceMethod):
     spec = MergeMethodSpec(
         name="tsv_regmean",
         parameters=tuple(map(spec_of, (*PARAMETERS, *CALIBRATION, COVARIANCE))),
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        contract=InputContract(base=BasePolicy.REQUIRED),
         pretty_name="TSV-Merge and RegMean",
         reference_url=TSV.url,
     )
@@ -61,7 +61,7 @@ class TsvRegMean(CovarianceMethod):
         self, group: TensorGroup, layers: Mapping[Hashable, Layer], **parameters: Any
     ) -> Tensor:
         of_tsv = {p.name: parameters[p.name] for p in tsv.PARAMETERS}
-        if len(layers) < len(group.non_base):
+        if not layers or len(layers) < len(group.non_base):
             return tsv.TaskSingularVectors().merge_group(group, **of_tsv)
         averaging = parameters["averaging"]
         if averaging is None:

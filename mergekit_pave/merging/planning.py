@@ -9,10 +9,12 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import GroupMergeMethod
+from transformers import PretrainedConfig
 
-from mergekit_pave.calibration.model import empty_model, linear_layers
+from mergekit_pave.calibration.model import empty_model, linear_layers, model_class
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.store import same_layer
 
 # What mergekit's planner calls a run of layers.
 _WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
@@ -26,31 +28,32 @@ class PlannedMethod(GroupMergeMethod):
         if group_name and _WHOLE_SLICE.search(group_name):
             # The planning thread is the only one that knows them.
             options = LoaderOptions.of_this_thread()
-            refuse_old_names(input_ids, options)
+            refuse_partial([*input_ids, base_id], base_id, options)
             self.prepare(options)
 
     def prepare(self, options: LoaderOptions) -> None:
         """Take over mergekit's loading options, if the method loads anything itself."""
 
 
-def refuse_old_names(models: Iterable[Hashable], options: LoaderOptions) -> None:
+def refuse_partial(
+    models: Iterable[Hashable], base: Hashable | None, options: LoaderOptions
+) -> None:
     """Refuse checkpoints that mergekit would cut down.
 
-    Where it has no definition of an architecture it takes the tensor names of today's
-    transformers and skips, without a word, those that the checkpoint calls otherwise.
+    Where it has no definition of an architecture it takes the tensor names of the base's class in
+    today's transformers and skips, without a word, those that a checkpoint calls otherwise.
 
     Raises:
         PaveError: linear layers of a model would be missing from the merge.
     """
-    for model in models:
-        if not isinstance(model, ModelReference):
-            continue
-        config = model.config(trust_remote_code=options.trust_remote_code)
-        if arch_info_for_config(config) is not None:
-            continue
+    trust = options.trust_remote_code
+    named = dict.fromkeys(model for model in models if isinstance(model, ModelReference))
+    configs = {model: model.config(trust_remote_code=trust) for model in named}
+    if all(arch_info_for_config(config) is not None for config in configs.values()):
+        return
+    for model, config in configs.items():
         there = LoaderCache().get(model).index.tensor_paths
-        layers = linear_layers(empty_model(config, options.trust_remote_code)).modules
-        missing = [name for name in layers if name not in there]
+        missing = [name for name in _layers(config, trust) if name not in there]
         if missing:
             raise PaveError(
                 f"mergekit would leave {len(missing)} weights of {model} out of the merge "
@@ -58,3 +61,35 @@ def refuse_old_names(models: Iterable[Hashable], options: LoaderOptions) -> None
                 "transformers; load the model and save it again with "
                 "save_pretrained(DIR, save_original_format=False)."
             )
+        if base in configs and (fault := named_otherwise(model, config, configs[base], trust)):
+            raise PaveError(fault)
+
+
+def _layers(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
+    """The weights of linear layers that a merge of such a model would treat."""
+    return list(linear_layers(empty_model(config, trust_remote_code)).modules)
+
+
+def named_otherwise(
+    model: ModelReference, config: PretrainedConfig, base: PretrainedConfig,
+    trust_remote_code: bool,
+) -> str | None:
+    """What to say of a model whose class has layers of the base's class under other names.
+
+    Only for architectures that mergekit has no definition of.
+    """
+    if config.architectures == base.architectures:
+        return None
+    own, theirs = (_layers(c, trust_remote_code) for c in (config, base))
+    # One that only the base has, as a pooler, is merged as mergekit merges it.
+    missing = [name for name in theirs
+               if name not in own and any(same_layer(name, other) for other in own)]
+    if not missing:
+        return None
+    own, classes = model_class(config).__name__, model_class(base).__name__
+    return (
+        f"mergekit would leave {len(missing)} weights of {model} out of the merge: what the base, "
+        f"a {classes}, calls {missing[0]} has another name in a {own}; load the base with "
+        f"{own}.from_pretrained and save it again with save_pretrained(DIR, "
+        "save_original_format=False)."
+    )

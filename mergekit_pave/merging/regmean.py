@@ -138,7 +138,7 @@ class RegMean(CovarianceMethod):
     spec = MergeMethodSpec(
         name="regmean",
         parameters=tuple(map(spec_of, (*PARAMETERS, *CALIBRATION, COVARIANCE))),
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        contract=InputContract(base=BasePolicy.REQUIRED),
         pretty_name="RegMean",
         reference_url=REGMEAN.url,
     )
@@ -150,7 +150,9 @@ class RegMean(CovarianceMethod):
         weights = [parameters["weight"][entry.id] for entry in models]
         counting = [entry for entry, w in zip(models, weights, strict=True) if w]
         if all(torch.equal(entry.tensor, base) for entry in counting):
-            return base  # its covariances would be empty without data
+            # Its covariances would be empty without data. Of an optional tensor that only the
+            # base has there are no models at all.
+            return base
         deltas = (wide(entry.tensor) - wide(base) for entry in models)
         if len(layers) == len(models):
             for entry in group.entries:
