@@ -217,7 +217,9 @@ def _calibration(config: MergeConfiguration, facts: Mapping, purified: bool) -> 
             f"The task vectors were purified before they were merged (PAVE, {PAVE.link}): "
             f"{_FORMS[_value(config.parameters, 'purify')]}"
         )
-    yield _table(facts["models"], purified)
+    # A merge that is known to have ended tells whose data it did not need, as of a weight of 0.
+    yield _table([m for m in facts["models"] if m["data"] or m["ranks"] or not facts["tensors"]],
+                 purified)
     yield "\n".join(f"* {line}" for line in _remarks(config, facts, purified))
 
 

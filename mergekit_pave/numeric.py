@@ -22,6 +22,25 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64)
 
 
+def cholesky(moment: Tensor) -> Tensor:
+    """Lower factor of a second moment (n, n) float64, which is overwritten.
+
+    One that has not full rank and was stored in float32 has eigenvalues below zero, of the size of
+    its rounding: it gets the least damping, in powers of ten of its mean diagonal, that lifts them.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not finite, or no second moment.
+    """
+    mean, damping = moment.diagonal().mean(), 0.0
+    for more in (0.0, *(10.0**power for power in range(-9, -3))):
+        moment.diagonal().add_((more - damping) * mean)
+        damping = more
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if not failed:
+            return factor
+    raise torch.linalg.LinAlgError("it is not positive definite")
+
+
 def check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
     """Raise `PaveError` where a weight of `model` holds NaN or Inf."""
     if not torch.isfinite(tensor).all():

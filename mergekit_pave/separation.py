@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergekit_pave.numeric import cholesky
+
 
 @torch.no_grad()
 def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
@@ -28,11 +30,11 @@ def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
     Args:
         delta: `D_t` (out, in).
         own: `C_t` (in, in).
-        allowed: `M = C_t + mu sum C_s`, damped (`subspace.damped`): positive definite.
+        allowed: `M = C_t + mu sum C_s`, damped (`subspace.damped`), float64; overwritten.
 
     Raises:
         torch.linalg.LinAlgError: `M` is not positive definite.
     """
-    factor = torch.linalg.cholesky(allowed)
+    factor = cholesky(allowed)
     moved = own.to(factor) @ delta.to(factor).mT
     return torch.cholesky_solve(moved, factor).mT

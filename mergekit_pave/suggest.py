@@ -14,7 +14,8 @@ twice as many as now where directions that look idle on the calibration rows car
 twice the energy on held-out ones.
 
 `dampening_frac`: the one whose dropped directions carry least energy on held-out rows. It stays
-at its default without such rows, or where the gain is below 5 %.
+at its default without such rows, or where the gain is below 5 %. A configuration with
+`regularization` keeps that.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def samples(merge: Merge, gap: float | None) -> Line | None:
         least = min(site.count / site.width for site in model.store.sites.values())
         factor = max(TOKENS_PER_DIMENSION / max(least, 1e-9), 2 if gap and gap > 2 else 0)
         enough = min(32 * math.ceil(used * factor / 32), MOST_SAMPLES)
-        wanted.append(enough if factor > 1 else data.get("requested", used))
+        asked = data.get("requested", used)
+        wanted.append(max(enough, asked) if factor > 1 else asked)
         scarce.append((least, used, model.label))
     if not wanted:
         return None
@@ -200,7 +202,8 @@ def suggest(
     rows = samples(merge, gap(seen, threshold))
     ratios = rank_ratios(
         seen, threshold, [layer.name for layer in merge.layers], merge.switched_off)
-    return [*ratios, *([rows] if rows else []), damping(seen)]
+    absolute = any(layer.settings.regularization is not None for layer in layers)
+    return [*ratios, *([rows] if rows else []), *([] if absolute else [damping(seen)])]
 
 
 def to_yaml(lines: Sequence[Line]) -> str:

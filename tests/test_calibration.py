@@ -81,6 +81,18 @@ def test_covariances_match_one_sequence_at_a_time(families, texts, tmp_path, kin
     assert not [r for r in store.skipped.values() if r.startswith("its input")]
 
 
+def test_a_classifier_without_a_padding_token(families, texts, tmp_path):
+    """Its head refuses more than one row, and is not needed."""
+    path = families("llama")["expert0"]
+    model = transformers.LlamaForSequenceClassification.from_pretrained(path)
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    spec = spec_of(texts[0], max_seq_length=4)
+    store = calibrate_to(source_of(tmp_path / "model"), spec, tmp_path / "store", Resources())
+    assert worst(store, reference(path, "llama", spec)) < 1e-5
+
+
 def test_image_models_match_too(families, tmp_path):
     from conftest import write_images
 

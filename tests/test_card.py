@@ -214,6 +214,7 @@ def test_record_of_a_merge(tmp_path):
     assert facts["models"][0]["ranks"] == {"a": [100, 10], "b": [300, 2]}
     text = write_card(out)
     assert "97.00% (90.00% to 99.33% per tensor)" in text
+    assert "| RedHatAI" not in text  # its weight was 0, or all of it equal to the base's
     assert "2 tensors were purified, 1 merged plainly" in text
     assert "fewer tokens than features (least: 0.5 tokens per feature)" in text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import recipe
+from conftest import recipe, write_images
 from mergekit.config import MergeConfiguration
 
 from mergekit_pave.calibration.model import ModelSource
@@ -384,6 +384,12 @@ def test_data_empty(good, tmp_path):
 def test_data_column_missing(good):
     found = errors(change(good, f"{MODEL}.text_column", "question"))
     assert "'question'" in found[0] and "'text'" in found[0]
+
+
+def test_images_for_a_model_of_text(good, tmp_path):
+    images = write_images(tmp_path / "images")
+    found = errors(change(good, f"{MODEL}.calibration_dataset", str(images)))
+    assert "models[0]" in found[0] and "takes text, and" in found[0]
 
 
 def test_data_split_missing(good):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -262,15 +263,36 @@ def test_rows_that_the_template_refuses_are_skipped(load, chatty):
 
 
 @pytest.mark.parametrize("messages, problem", [
-    ([{"role": "narrator", "content": "secret"}], "the role 'narrator'.*{'role': str, 'content'"),
-    ([{"content": "secret"}], "the role None"),
-    ([{"role": "user", "content": [{"type": "image"}]}], "content that is not text"),
-    ([{"role": "user", "content": None}], "content that is not text"),
+    ([{"role": "narrator", "content": "secret"}], "a message with the role 'narrator'"),
+    ([{"content": "secret"}], "a message with the role None"),
+    ([{"role": "user", "content": [{"type": "secret"}]}],
+     "a message whose content is not text but [{'type': str}]"),
+    ([{"role": "user", "content": None}], "a message whose content is not text but NoneType"),
 ])
-def test_strange_messages_show_their_shape_and_not_their_text(load, chatty, messages, problem):
-    with pytest.raises(PaveError, match=problem) as raised:
+def test_strange_messages_are_skipped_and_their_text_not_shown(load, chatty, messages, problem):
+    samples = load([{"messages": messages}, {"messages": MESSAGES}], path=chatty)
+    assert samples.notes["skipped"] == {problem: 1}
+    with pytest.raises(PaveError, match=re.escape(problem)) as raised:
         load([{"messages": messages}], path=chatty)
     assert "secret" not in raised.value.message
+
+
+def test_a_template_that_writes_the_date_gives_the_same_rows_every_day(load, tmp_path):
+    save_tokenizer(tmp_path / "dated", chat_template=(
+        "{{ strftime_now('%f') }} {% for m in messages %}{{ m.content }} {% endfor %}"))
+    once, again = (load([{"messages": MESSAGES}], path=tmp_path / "dated") for _ in range(2))
+    assert once.digest == again.digest
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_a_call_needs_no_text(load, chatty, key):
+    call = [MESSAGES[0], {"role": "assistant", "content": None, key: [{"name": "w2"}]}]
+    assert load([{"messages": call}], path=chatty).notes["skipped"] == {}
+
+
+def test_negative_token_ids(load, model):
+    with pytest.raises(PaveError, match="the token id -1; .* attention_mask"):
+        load([{"input_ids": [5, 6, -1]}], text_column="input_ids")
 
 
 @pytest.mark.parametrize("value, problem", [
@@ -400,8 +422,10 @@ def test_images_and_text_do_not_mix(load, pictures, vit, model):
         load([{"text": "w1 w2."}], vit_config(), path=vit)
     with pytest.raises(PaveError, match="takes images, but text_column names 2 columns"):
         load([{"a": "w1", "b": "w2"}], vit_config(), path=vit, text_column="a,b")
-    with pytest.raises(PaveError, match="holds images, but no image processor could be loaded"):
+    with pytest.raises(PaveError, match="model takes text, and .*pictures' has images"):
         load_samples(CalibrationSpec(str(pictures)), model, llama())
+    with pytest.raises(PaveError, match="holds images, but no image processor could be loaded"):
+        load_samples(CalibrationSpec(str(pictures)), model, vit_config())
     with pytest.raises(PaveError, match="takes input_features, and calibration data can be text"):
         load([{"text": "w1"}], transformers.WhisperConfig())
 

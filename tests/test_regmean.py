@@ -78,6 +78,18 @@ def test_a_dead_feature_divides_nothing_by_zero():
         regmean(torch.randn(1, 4, 8), readers([torch.zeros(8, 8)]), [1.0], 0.9)
 
 
+@pytest.mark.parametrize("averaging", [1.0, 0.5])
+def test_covariances_without_full_rank_need_no_damping_of_the_users(averaging):
+    """As float32 keeps them, their null space has eigenvalues below zero."""
+    torch.manual_seed(0)
+    delta, x = torch.randn(8, 256), torch.randn(60, 256) * torch.logspace(1, -1, 256)
+    covariance = x.T @ x / 60
+    assert torch.linalg.eigvalsh(covariance.double())[0] < -1e-7
+    got = regmean([delta, delta], readers([covariance] * 2), [1.0, 1.0], 1.0, averaging)
+    kept = (got @ x.double().T).norm() / (delta @ x.T).norm()
+    assert abs(kept - 1 / (averaging if averaging == 1 else (1 + averaging) / 2)) < 1e-2
+
+
 def test_flattening_keeps_directions_and_their_mean_strength():
     torch.manual_seed(4)
     delta = torch.randn(6, 9).double() @ torch.logspace(0, -2, 9).diag().double()

@@ -300,7 +300,8 @@ def test_what_is_purified_is_what_the_merge_purifies(families, texts, tmp_path, 
     raw = written({**recipe(families(kind), texts), "dtype": "float32"})
     run_merge(raw, tmp_path / "out", write_model_card=True)
     done = {model["id"]: {name: cut for name, (_, cut) in model["ranks"].items()}
-            for model in json.loads((tmp_path / "out" / "pave_report.json").read_text())["models"]}
+            for model in json.loads((tmp_path / "out" / "pave_report.json").read_text())["models"]
+            if model["ranks"]}
     config = tmp_path / "merge.yml"
     config.write_text(yaml.safe_dump(raw))
     merge = gather.open_merge(config, LoaderOptions(), CPU)
@@ -355,6 +356,15 @@ def test_a_model_that_nothing_is_taken_from_can_be_drawn(families, texts, tmp_pa
     coverage = json.loads((tmp_path / "out" / "report.json").read_text())["coverage"]
     assert [found["purified"]["tensors"] for found in coverage] == [14, 0]
     assert coverage[1]["plain"]["reasons"]["weight is 0 here"] == 14
+
+
+def test_a_cut_that_drops_nothing_can_be_drawn(families, texts, tmp_path):
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(recipe(families("llama"), texts, rank_ratio=0.999)))
+    result = CliRunner().invoke(
+        report_command, [str(config), "-o", str(tmp_path / "out"), "--layers", "1"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_nothing_to_purify_is_said(families, texts, tmp_path):

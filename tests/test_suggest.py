@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,21 @@ def test_scarce_data_ask_for_more_rows(families, texts, tmp_path):
     assert least < 4
     assert 3 * 4 / least <= wanted <= 3 * 4 / least + 32
     assert "tokens per dimension" in text
+
+
+def test_no_fewer_rows_are_proposed_where_more_are_wanted():
+    store = SimpleNamespace(manifest={"data": {"used": 8000, "requested": 8192}},
+                            sites={"a": SimpleNamespace(count=1200, width=1000)})
+    merge = SimpleNamespace(models=[SimpleNamespace(store=store, label="a")])
+    assert suggest.samples(merge, None).value == 8192
+
+
+def test_an_absolute_damping_stays(config):
+    raw = yaml.safe_load(config.read_text())
+    raw["parameters"]["regularization"] = 1e-3
+    config.write_text(yaml.safe_dump(raw))
+    proposed = yaml.safe_load(printed(run(config, "--layers", "1")))["parameters"]
+    assert "rank_ratio" in proposed and "dampening_frac" not in proposed
 
 
 def test_what_would_override_a_proposal_is_said(config):

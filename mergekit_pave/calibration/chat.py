@@ -1,11 +1,13 @@
-"""Chat rows: the two common layouts in, one list of `{role, content}` out."""
+"""Chat rows: the two common layouts in, one list of `{role, content}` out; chat templates."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mergekit_pave.errors import PaveError
+from mergekit_pave.calibration.rows import SkipRow
 
+# Hides transformers' function of the name: rows must not depend on the day they are read.
+_DATE = "{%- macro strftime_now(format) -%}1 January 2025{%- endmacro -%}"
 _ROLES = {
     "system": "system",
     "developer": "developer",
@@ -24,28 +26,36 @@ _ROLES = {
 }
 
 
-def normalise(messages: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+def written(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The chat as the model's own template writes it, on whatever day."""
+    template = _DATE + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, chat_template=template, **options)
+
+
+def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`[{role, content}]` from that form or from ShareGPT's `[{from, value}]`.
 
     Other keys (tool calls, names, reasoning) stay for the template to use, unless null:
     Arrow fills the keys that other messages have.
+
+    Raises:
+        SkipRow: a message has no text, or a role that is not known.
     """
-    return [_message(message, messages, column) for message in messages]
+    return [_message(message) for message in messages]
 
 
-def _message(message: dict[str, Any], messages: list[Any], column: str) -> dict[str, Any]:
+def _message(message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role") or message.get("from")
     content = message["content"] if "content" in message else message.get("value")
     if isinstance(content, list) and all(_is_text_part(part) for part in content):
         content = "\n".join(part["text"] for part in content)
-    if content is None and message.get("tool_calls"):
+    if content is None and (message.get("tool_calls") or message.get("function_call")):
         content = ""
-    if role not in _ROLES or not isinstance(content, str):
-        problem = f"the role {role!r}" if role not in _ROLES else "content that is not text"
-        raise PaveError(
-            f"text_column {column!r} has a message with {problem}; rows must look like "
-            "[{'role': 'user', 'content': str}, ...] and this one is "
-            f"{shape(messages)}.")
+    if role not in _ROLES:
+        raise SkipRow(f"a message with the role {role!r}")
+    if not isinstance(content, str):
+        raise SkipRow(f"a message whose content is not text but {shape(content)}")
     extras = {
         key: value for key, value in message.items()
         if value is not None and key not in ("role", "content", "from", "value")}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mergekit_pave.calibration.encode import ImageEncoder, SkipRow, TextEncoder
+from mergekit_pave.calibration.encode import ImageEncoder, TextEncoder
 from mergekit_pave.calibration.limits import main_input
 from mergekit_pave.calibration.processors import load_image_processor, load_tokenizer
-from mergekit_pave.calibration.rows import TOKENS, CalibrationSpec, Rows, open_rows
+from mergekit_pave.calibration.rows import TOKENS, CalibrationSpec, Rows, SkipRow, open_rows
 from mergekit_pave.errors import PaveError
 from mergekit_pave.public import is_local, name_of
 
@@ -124,17 +124,26 @@ def _size(named_shape: tuple[str, tuple[int, ...]]) -> int:
 def _encoder(
     rows: Rows, model: str, config: PreTrainedConfig, loading: dict[str, Any]
 ) -> TextEncoder | ImageEncoder:
-    takes = main_input(config)
-    if takes not in ("input_ids", "pixel_values"):
-        raise PaveError(
-            f"{model} takes {takes}, and calibration data can be text or images; give this "
-            "model a `covariance` store.")
-    if rows.image or takes == "pixel_values":
+    refuse_unreadable(rows, model, config)
+    if rows.image or main_input(config) == "pixel_values":
         return _image_encoder(rows, model, config, loading)
     tokenizer = None
     if rows.columns[0] != TOKENS:
         tokenizer = load_tokenizer(model, loading)
     return TextEncoder(tokenizer, config, rows.columns, rows.spec.max_seq_length, model)
+
+
+def refuse_unreadable(rows: Rows, model: str, config: PreTrainedConfig) -> None:
+    """Raise `PaveError` for rows of another kind than the model takes."""
+    takes = main_input(config)
+    if takes not in ("input_ids", "pixel_values"):
+        raise PaveError(
+            f"{model} takes {takes}, and calibration data can be text or images; give this "
+            "model a `covariance` store.")
+    if rows.image and takes == "input_ids":
+        raise PaveError(
+            f"{model} takes text, and {rows.spec.dataset!r} has images; name a column of text, or "
+            "other data.")
 
 
 def _image_encoder(

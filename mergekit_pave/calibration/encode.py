@@ -18,24 +18,20 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mergekit_pave.calibration.chat import normalise, shape
+from mergekit_pave.calibration.chat import normalise, shape, written
 from mergekit_pave.calibration.limits import (
     decoder_start,
     is_text_encoder,
     length_limit,
     text_configs,
 )
-from mergekit_pave.calibration.rows import CHAT_COLUMNS, MASK, TOKENS
+from mergekit_pave.calibration.rows import CHAT_COLUMNS, MASK, TOKENS, SkipRow
 from mergekit_pave.errors import PaveError
 
 logger = logging.getLogger(__name__)
 
 # What padding is called in columns of labels.
 IGNORED_LABEL = -100
-
-
-class SkipRow(Exception):
-    """The row holds nothing usable; the message is the reason that is counted."""
 
 
 @dataclass
@@ -138,7 +134,7 @@ class TextEncoder:
         return [token for token in ids if token != IGNORED_LABEL][: self.limit]
 
     def _chat(self, messages: list[dict[str, Any]], column: str) -> dict[str, list[int]]:
-        messages = normalise(messages, column)
+        messages = normalise(messages)
         self.chats += 1
         if self.tokenizer.chat_template is None:
             raise PaveError(
@@ -146,7 +142,7 @@ class TextEncoder:
                 "chat template; add a chat_template.jinja to the model's folder, or name a "
                 "column of plain text.")
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = written(self.tokenizer, messages)
         except TemplateError as error:
             raise SkipRow(f"refused by the chat template ({error})") from error
         except Exception as error:
@@ -184,7 +180,11 @@ class TextEncoder:
         encoder, decoder = text_configs(self.config)
         for name, config in (("input_ids", encoder), ("decoder_input_ids", decoder)):
             rows = getattr(config, "vocab_size", None)
-            largest = max(inputs.get(name) or [0])
+            smallest, largest = (pick(inputs.get(name) or [0]) for pick in (min, max))
+            if smallest < 0:
+                raise PaveError(
+                    f"the rows for {self.model} hold the token id {smallest}; where that is "
+                    "padding, say so in a column attention_mask, or take it out.")
             if rows is not None and largest >= rows:
                 source = (
                     "the rows hold" if self.tokenizer is None

@@ -25,6 +25,7 @@ from transformers import (
     StoppingCriteria,
 )
 
+from mergekit_pave.calibration.chat import written
 from mergekit_pave.calibration.collect import NotFinite, input_device
 from mergekit_pave.errors import PaveError
 
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Stands for the user's words in a chat template; no space, or the template might trim it.
 _WORDS = "mergekitpave"
-# Hides transformers' function of the name: rows must not depend on the day they are written.
-_DATE = "{%- macro strftime_now(format) -%}1 January 2025{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,7 @@ def _tokens(*found: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _chat(tokenizer: Any, ends: tuple[int, ...]) -> Form:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _WORDS}], tokenize=False, add_generation_prompt=True,
-        chat_template=_DATE + tokenizer.get_chat_template())
+    text = written(tokenizer, [{"role": "user", "content": _WORDS}], add_generation_prompt=True)
     before, words, after = text.partition(_WORDS)
     if not words:
         raise ValueError("it does not write the message as it is")

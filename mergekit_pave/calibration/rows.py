@@ -42,6 +42,10 @@ def _default(field: str) -> Any:
     return PARAMETERS[_KEYS[field]].default
 
 
+class SkipRow(Exception):
+    """The row holds nothing usable; the message is the reason that is counted."""
+
+
 @dataclass(frozen=True)
 class CalibrationSpec:
     """One model's calibration data, straight from the YAML keys."""

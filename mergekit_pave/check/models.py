@@ -13,7 +13,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
-from mergekit_pave.calibration.data import open_rows
+from mergekit_pave.calibration.data import open_rows, refuse_unreadable
 from mergekit_pave.calibration.limits import refuse_unless_causal
 from mergekit_pave.calibration.model import ModelSource, refuse_quantised
 from mergekit_pave.check.finding import Finding, error
@@ -185,7 +185,9 @@ def _check_rows(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
     if spec.generated:
         refuse_unless_causal(read_config(entry.model, options), str(entry.model))
         return
-    there = open_rows(spec).count
+    rows = open_rows(spec)
+    refuse_unreadable(rows, str(entry.model), read_config(entry.model, options))
+    there = rows.count
     if there is not None and there < spec.num_samples:
         yield Finding(
             "warning", entry.where, f"{spec.dataset} has {there} of the {spec.num_samples} rows of "

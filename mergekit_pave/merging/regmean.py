@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import CovarianceMethod
-from mergekit_pave.numeric import check_finite, double, wide
+from mergekit_pave.numeric import check_finite, cholesky, double, wide
 from mergekit_pave.papers import REGMEAN
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
 from mergekit_pave.separation import separate
@@ -129,7 +129,7 @@ def _floored(moment: Tensor) -> Tensor:
 
 
 def _factor(moment: Tensor) -> Tensor:
-    return torch.linalg.cholesky(_floored(moment))
+    return cholesky(_floored(moment))
 
 
 class RegMean(CovarianceMethod):

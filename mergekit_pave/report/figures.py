@@ -151,8 +151,9 @@ def _energy(report: Report) -> Drawing:
     keys = (Key("as dropped by this merge", STRONG),
             Key("same number dropped by plain SVD", WEAK, "dashed"))
     parts = {kind: _energy_lines(report, layers) for kind, layers in kinds(report).items()}
+    # A merge close to its plain method may drop nothing, which leaves the panels empty.
     span = limits(v for _, both in parts.values() for lines in both.values() for line in lines
-                  for v in line)
+                  for v in line) or (1e-3, 1.0)
 
     def draw(axes: Axes, blocks: list[str], both: dict[str, Lines]) -> None:
         curves(axes, range(len(blocks)), both["energy_removed_svd"], WEAK, dashed=True)

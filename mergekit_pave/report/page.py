@@ -28,13 +28,13 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
         raise PaveError(f"Cannot create {folder}: {error.strerror}; choose another folder.") \
             from error
     made = drawings(report)
+    page = render(report, made)
     # NaN is not JSON; a number that is one is a mistake of ours, not something to publish.
     text = json.dumps(report, allow_nan=False)
     write_atomically(folder / "report.json", lambda path: path.write_text(text, "utf-8"))
     for drawing in tqdm(made.values(), desc="Drawing", unit="figure", leave=False):
         target = folder / "figures" / f"{drawing.name}.png"
         write_atomically(target, lambda path, drawing=drawing: png(drawing, path))
-    page = render(report, made)
     write_atomically(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 
 
