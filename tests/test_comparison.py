@@ -222,7 +222,7 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     ablations = tuple(
         a for a in methods.ablations((4,), quick=False, writes=False)
         if a.parent in ("pave_task_arithmetic (weight)", "tsv_regmean")
-        and (a.curve in ("samples", "calibration") or a.value == 0.9)
+        and (a.curve in ("samples", "calibration", "strength") or a.value == 0.9)
     )
     found = compare.compare(toy, chosen, ablations, (0,))
     markdown = report.write(found, tmp_path / "out")
@@ -230,7 +230,11 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     scores = {r["name"]: r["score"]["value"] for r in results["methods"]}
     assert scores["base"] == pytest.approx(0) and scores["experts"] == pytest.approx(1)
     assert 0 < scores["average"] < scores["emr"] < 1
-    assert len(results["ablations"]) == len(ablations) == 9
+    assert len(results["ablations"]) == len(ablations) == 10
+    of_twin = results["ablations"][-1]
+    assert of_twin["curve"] == "strength" and of_twin["over_twin"]["low"] <= 0.1
+    assert yaml.safe_load(of_twin["yaml"])["parameters"]["lambda"] == (
+        found.tested["task_arithmetic"].tuned.strength)
     assert [r["best_plain"] for r in results["methods"][2:]] == [found.best_plain] * len(chosen)
     lines = markdown.partition("\n\n")[0].splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in scores]

@@ -77,9 +77,7 @@ def compare(
     for ablation in ablations:
         if ablation.parent in result.tested:
             with _unfinished_left_out(ablation.name):
-                result.ablated.append(
-                    _ablated(bench, result.tested[ablation.parent], ablation, seeds[0])
-                )
+                result.ablated.append(_ablated(result, ablation, seeds[0]))
     return result
 
 
@@ -131,12 +129,16 @@ def mean_strength(bench: Bench, rows: Rows, references: Mapping[str, Rows]) -> f
     return float(bench.setting.strength(*means).mean())
 
 
-def _ablated(
-    bench: Bench, parent: Tested, ablation: Ablation, seed: int
-) -> tuple[Ablation, Rows]:
+def _ablated(result: Comparison, ablation: Ablation, seed: int) -> tuple[Ablation, Rows]:
     """The ablation with all its parameters, and its scores."""
+    bench, parent = result.bench, result.tested[ablation.parent]
     method, tuned = parent.method, parent.tuned
     place = bench.place(seed)
+    if ablation.of_twin:
+        if method.twin not in result.tested:
+            raise NotScored
+        strength = result.tested[method.twin].tuned.strength
+        ablation = replace(ablation, parameters={"lambda": strength})
     if ablation.suggested:
         before = text(method, configuration(method, place, tuned.strength, tuned.ratio))
         ablation = replace(ablation, parameters=bench.suggested(before, seed))

@@ -75,6 +75,7 @@ class Ablation:
         calibration: `own`, the `next` task's rows, `none` at all, or text that the fine-tuned
             model writes (`self`).
         suggested: the parameters are those that `mergekit-pave suggest` prints for the merge.
+        of_twin: the strength is that of the plain method, which was tuned more finely.
     """
 
     parent: str
@@ -84,6 +85,7 @@ class Ablation:
     samples: int | None = None
     calibration: str = "own"
     suggested: bool = False
+    of_twin: bool = False
 
     @property
     def name(self) -> str:
@@ -192,6 +194,10 @@ def ablations(samples: tuple[int, ...], quick: bool, writes: bool) -> tuple[Abla
     result += _of_data("tsv_regmean", samples, writes)
     result.append(Ablation("pave_task_arithmetic (weight)", "parameters", "of suggest",
                            suggested=True))
+    result += [
+        Ablation(f"pave_{name} ({purify})", "strength", "of the plain method", of_twin=True)
+        for purify in ("weight", "delta") for name in _PURIFIED[purify]
+    ]
     return tuple(result)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from compare import Comparison, mean_strength
 from intervals import Bootstrap, Interval
-from methods import configuration, text
+from methods import Ablation, configuration, text
 
 Record = dict[str, Any]
 
@@ -87,6 +87,7 @@ def ablation_records(comparison: Comparison) -> list[Record]:
             "score": drawn.score(ablation.name).as_dict(),
             "over_parent": drawn.difference(ablation.name, ablation.parent).as_dict(),
             "parent_score": drawn.score(ablation.parent).as_dict(),
+            **_over_twin(comparison, drawn, ablation),
             "seeds": comparison.seeds[:1],
             "yaml": text(tested.method, config),
         })
@@ -133,13 +134,21 @@ def _table(comparison: Comparison, records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _over_twin(comparison: Comparison, drawn: Bootstrap, ablation: Ablation) -> Record:
+    twin = comparison.tested[ablation.parent].method.twin
+    if twin not in comparison.tested:
+        return {}
+    return {"over_twin": drawn.difference(ablation.name, twin).as_dict()}
+
+
 def _ablation_table(records: list[Record]) -> str:
     if not records:
         return ""
-    header = ["ablation", "score", "over the tuned method"]
+    header = ["ablation", "score", "over the tuned method", "over its twin"]
     lines = [_line(header), "|---" * len(header) + "|"]
     lines += [
-        _line([r["name"], _cell(r["score"]), _cell(r["over_parent"], signed=True)])
+        _line([r["name"], _cell(r["score"]), _cell(r["over_parent"], signed=True),
+               _cell(r.get("over_twin"), signed=True)])
         for r in records
     ]
     return "\n".join(lines) + "\n"
