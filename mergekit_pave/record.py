@@ -35,7 +35,6 @@ from mergekit.config import MergeConfiguration
 from mergekit_pave.calibration.run import cache_folder
 from mergekit_pave.check.inputs import Input, calibration_spec, configuration, inputs
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import digest
 from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
 from mergekit_pave.parameters import DATA_FREE, GENERATED
 from mergekit_pave.public import is_local, name_of
@@ -201,7 +200,7 @@ def _left_store(entry: Input, options: LoaderOptions) -> CovarianceStore | None:
         # Never a model's download for the sake of a card.
         dataset = entry.get("calibration_dataset")
         if dataset not in (None, DATA_FREE) and os.path.isdir(entry.model.model.path):
-            return _cached(entry, digest(model_source(entry.model, options).tensors()))
+            return _cached(entry, model_source(entry.model, options).identity())
     except (PaveError, OSError):
         pass
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,22 @@ def test_covariances_match_one_sequence_at_a_time(families, texts, tmp_path, kin
     store = calibrate_to(source_of(path), spec, tmp_path / "store", Resources())
     assert worst(store, reference(path, kind, spec)) < 1e-5
     assert not [r for r in store.skipped.values() if r.startswith("its input")]
+
+
+def test_another_config_is_another_model(families, texts, tmp_path):
+    """The same weights under another norm see other inputs; other labels change nothing."""
+    path, spec = families("llama")["expert0"], spec_of(texts[0])
+    store = cached_store(source_of(path), spec, Resources())
+    config = json.loads((path / "config.json").read_text())
+    for name, changes, same in (
+        ("labels", {"id2label": {"0": "a"}, "label2id": {"a": 0}, "dtype": "float16"}, True),
+        ("norm", {"rms_norm_eps": 0.5}, False),
+    ):
+        copy = shutil.copytree(path, tmp_path / name)
+        (copy / "config.json").write_text(json.dumps({**config, **changes}))
+        found = cached_store(source_of(copy), spec, Resources())
+        assert (found.folder == store.folder) is same
+    assert worst(found, reference(tmp_path / "norm", "llama", spec)) < 1e-5
 
 
 def test_a_classifier_without_a_padding_token(families, texts, tmp_path):

@@ -25,7 +25,7 @@ def finish(
     samples: Samples,
     layers: LinearLayers,
     sites: Sequence[SitePlan],
-    model_digest: str,
+    identity: str,
 ) -> CovarianceStore:
     """Write fingerprints and manifest of a store whose covariances are all there.
 
@@ -47,7 +47,7 @@ def finish(
         )
     _warn_about(source, writer, skipped)
     about = {
-        "model": {"id": source.label, "revision": source.revision, "digest": model_digest},
+        "model": {"id": source.label, "revision": source.revision, "digest": identity},
         "data": samples.about,
         "versions": {
             name: version(name) for name in ("mergekit-pave", "torch", "transformers", "accelerate")

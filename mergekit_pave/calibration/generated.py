@@ -27,7 +27,6 @@ from mergekit_pave.calibration.model import ModelSource, load_model
 from mergekit_pave.calibration.processors import load_tokenizer
 from mergekit_pave.calibration.resources import Resources, cache_folder
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import digest
 from mergekit_pave.parameters import GENERATED
 from mergekit_pave.store import write_atomically
 
@@ -82,7 +81,7 @@ def _rows(
     source: ModelSource, spec: CalibrationSpec, form: Form, length: int, resources: Resources
 ) -> list[list[int]]:
     request = {
-        "format": FORMAT, "model": digest(source.tensors()), "opening": form.opening,
+        "format": FORMAT, "model": source.identity(), "opening": form.opening,
         "bridge": form.bridge, "ends": form.ends, "length": length, "seed": spec.seed,
         "rows": spec.num_samples}
     key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:32]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.fingerprint import digest
 
 logger = logging.getLogger(__name__)
 
+_INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+               "id2label", "label2id"}
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
@@ -48,6 +53,11 @@ class ModelSource:
             self.path, trust_remote_code=self.trust_remote_code
         )
 
+    def identity(self) -> str:
+        """sha256 of what a forward pass depends on: the weights, and the config's settings."""
+        settings = json.dumps(_settings(self.config().to_diff_dict()), sort_keys=True, default=str)
+        return hashlib.sha256(f"{digest(self.tensors())}|{settings}".encode()).hexdigest()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every checkpoint tensor, shard by shard, without loading the model."""
         index = ShardedTensorIndex.from_disk(self.path)
@@ -55,6 +65,13 @@ class ModelSource:
         for shard in index.shards:
             for name in sorted(shard.contained_keys):
                 yield name, loader.get_tensor(name)
+
+
+def _settings(value: Any) -> Any:
+    """A config, or one inside it, without what changes no number."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _settings(item) for key, item in value.items() if key not in _INCIDENTAL}
 
 
 @dataclass(frozen=True)

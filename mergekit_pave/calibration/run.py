@@ -28,7 +28,6 @@ from mergekit_pave.calibration.model import LinearLayers, ModelSource, linear_la
 from mergekit_pave.calibration.resources import Resources, cache_folder, parse_bytes
 from mergekit_pave.calibration.workers import ALONE, Workers
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import digest
 from mergekit_pave.store import FORMAT, MANIFEST, CovarianceStore, StoreWriter, write_atomically
 
 __all__ = [
@@ -42,18 +41,19 @@ def cached_store(
 ) -> CovarianceStore:
     """The store for this model and data from the cache, computed first if it is not there.
 
-    Its address is the content of both: the checkpoint's values and the calibration tensors.
+    Its address is the content of both: the model's weights and settings, and the calibration
+    tensors.
     Processes that want the same store wait for one another; an interrupted one is resumed.
     """
     samples = samples_of(source, spec, resources)
-    model_digest = digest(source.tensors())
-    key = hashlib.sha256(f"{FORMAT}|{model_digest}|{samples.digest}".encode()).hexdigest()[:32]
+    identity = source.identity()
+    key = hashlib.sha256(f"{FORMAT}|{identity}|{samples.digest}".encode()).hexdigest()[:32]
     folder = cache_folder() / key
     if not (folder / MANIFEST).exists():
         make_folder(folder.parent)
         with locked(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
-                return calibrate(source, samples, folder, resources, spec.batch_size, model_digest)
+                return calibrate(source, samples, folder, resources, spec.batch_size, identity)
     store = CovarianceStore(folder)
     # The same rows may have had another name when they were counted, one that is not to be
     # published any more.
@@ -88,14 +88,14 @@ def calibrate_to(
             return samples
 
         samples = workers.from_main(prepare)
-        digests = workers.gather(digest(source.tensors()))
-        if len(set(digests)) > 1:
+        identities = workers.gather(source.identity())
+        if len(set(identities)) > 1:
             raise PaveError(
                 f"The processes of this calibration see different weights of {source.label}; "
                 "give every machine the same copy."
             )
         return calibrate(
-            source, samples, folder, resources, spec.batch_size, digests[0], workers
+            source, samples, folder, resources, spec.batch_size, identities[0], workers
         )
 
 
@@ -124,20 +124,20 @@ def calibrate(
     folder: Path,
     resources: Resources,
     batch_size: int,
-    model_digest: str,
+    identity: str,
     workers: Workers = ALONE,
 ) -> CovarianceStore | None:
     """Run the model over the samples and write its covariances, window by window.
 
     `workers` share the samples; the main one of them writes, and alone returns the store.
     """
-    identity = {"model": model_digest, "data": samples.digest, "format": FORMAT}
+    begun = {"model": identity, "data": samples.digest, "format": FORMAT}
     resources = workers.limit(resources)
     scratch = folder / f".offload-{workers.rank}"
     with ExitStack() as made:
         made.callback(shutil.rmtree, scratch, ignore_errors=True)
         with workers.together():
-            writer = _begin(folder, identity) if workers.main else None
+            writer = _begin(folder, begun) if workers.main else None
         with workers.together():
             model = load_model(source, device=resources.device, max_memory=resources.max_memory,
                                scratch=scratch)
@@ -147,7 +147,7 @@ def calibrate(
         sites = _collect(source, model, layers, samples, resources, batch_size, writer, workers)
         if writer is None:
             return None
-        return finish(writer, source, samples, layers, sites, model_digest)
+        return finish(writer, source, samples, layers, sites, identity)
 
 
 def _collect(
@@ -198,16 +198,16 @@ def _plan(
     return sites, windows([site for site in sites if site.name not in writer.sites], budget)
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> StoreWriter:
+def _begin(folder: Path, begun: dict[str, Any]) -> StoreWriter:
     """Mark `folder` as this calibration's, or refuse one that another has begun."""
     make_folder(folder)
     path = folder / "calibration.json"
-    if path.exists() and path.read_text("utf-8") not in ("", json.dumps(identity)):
+    if path.exists() and path.read_text("utf-8") not in ("", json.dumps(begun)):
         raise PaveError(
             f"{folder} holds an unfinished calibration of another model or other data; delete "
             "it or choose another folder."
         )
-    write_atomically(path, lambda file: file.write_text(json.dumps(identity), "utf-8"))
+    write_atomically(path, lambda file: file.write_text(json.dumps(begun), "utf-8"))
     for left in folder.glob(".offload-*"):  # by processes that were killed
         shutil.rmtree(left, ignore_errors=True)
     return StoreWriter(folder)

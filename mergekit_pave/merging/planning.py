@@ -86,10 +86,10 @@ def named_otherwise(
                if name not in own and any(same_layer(name, other) for other in own)]
     if not missing:
         return None
-    own, classes = model_class(config).__name__, model_class(base).__name__
+    name, of_base = model_class(config).__name__, model_class(base).__name__
     return (
         f"mergekit would leave {len(missing)} weights of {model} out of the merge: what the base, "
-        f"a {classes}, calls {missing[0]} has another name in a {own}; load the base with "
-        f"{own}.from_pretrained and save it again with save_pretrained(DIR, "
+        f"a {of_base}, calls {missing[0]} has another name in a {name}; load the base with "
+        f"{name}.from_pretrained and save it again with save_pretrained(DIR, "
         "save_original_format=False)."
     )

@@ -12,7 +12,6 @@ from mergekit_pave.calibration.data import CalibrationSpec
 from mergekit_pave.calibration.run import Resources, cached_store, calibrate, samples_of
 from mergekit_pave.check.inputs import calibration_spec
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import digest
 from mergekit_pave.parameters import CALIBRATION
 from mergekit_pave.report.gather import Merge, Model
 from mergekit_pave.store import CovarianceStore
@@ -59,7 +58,7 @@ def split(
                 "give it rows of its task with --held-out."
             )
         parts = _parts(model, fraction, resources)
-        identity = digest(model.source.tensors())
+        identity = model.source.identity()
         stores = [
             calibrate(model.source, part, folder / f"{number}-{i}", resources,
                       calibration_spec(model.entry).batch_size, identity)
