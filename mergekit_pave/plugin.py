@@ -104,7 +104,7 @@ def _guard(module: ModuleType) -> None:
     depend on this: without it the same mistakes are met later, or, for keys that mergekit
     drops, not at all.
     """
-    original = _with_task_masks(module.run_merge)
+    original = _with_what_lies_beside(module.run_merge)
 
     @functools.wraps(original)
     def run_merge(merge_config, out_path, options, config_source=None):
@@ -117,7 +117,6 @@ def _guard(module: ModuleType) -> None:
         if not check.is_ours(name) and not check.looks_like_ours(name):
             if warning := check.ignored(merge_config):
                 logger.warning("%s", warning)
-            record.discard(out_path)
             return original(merge_config, out_path, options, config_source)
         loading = LoaderOptions(
             options.transformers_cache,
@@ -131,7 +130,6 @@ def _guard(module: ModuleType) -> None:
             logger.warning("%s", warning)
         statistics = shared_statistics()
         statistics.reset()
-        record.discard(out_path)
         result = original(merge_config, out_path, options, config_source)
         if options.write_model_card:
             record.write(out_path, record.of_merge(merge_config, statistics))
@@ -144,13 +142,14 @@ def _guard(module: ModuleType) -> None:
     module.run_merge = run_merge
 
 
-def _with_task_masks(run_merge):
-    """Let a method that keeps masks for every task write them beside the model."""
+def _with_what_lies_beside(run_merge):
+    """Take away what an earlier merge left beside its model; let this one write its task masks."""
 
     @functools.wraps(run_merge)
     def merge(merge_config, out_path, options, config_source=None):
-        from mergekit_pave import task_masks
+        from mergekit_pave import record, task_masks
 
+        record.discard(out_path)
         with task_masks.beside(out_path, merge_config, options):
             return run_merge(merge_config, out_path, options, config_source)
 

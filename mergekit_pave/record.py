@@ -76,7 +76,9 @@ def local_names(config: MergeConfiguration, record: Mapping[str, Any]) -> set[st
     found = {path for model in references if model for path in _paths(model) if path not in hub}
     if any(about["data"] is None for about in models):
         return found
-    named = {entry.get("calibration_dataset") for entry in entries} - {None, DATA_FREE, GENERATED}
+    # Beside a store the keys of the data are not read, and the record says nothing of them.
+    named = {e.get("calibration_dataset") for e in entries if not e.get("covariance")}
+    named -= {None, DATA_FREE, GENERATED}
     return found | (named - {m["data"]["dataset"] for m in models if not m["data"]["local"]})
 
 

@@ -257,6 +257,23 @@ models:
     assert [model["model"] for model in raw["models"]] == ["math", "org/code"]
 
 
+def test_data_named_beside_a_store_keeps_its_name(tmp_path):
+    """The store is of other data; what nobody read is no local name for that."""
+    out = make_output(tmp_path / "out", """\
+merge_method: regmean
+base_model: org/base
+models:
+  - model: org/math
+    parameters: {covariance: org/store, calibration_dataset: openai/gsm8k}
+""")
+    state = kept(tmp_path / "stores", org__math={})
+    state.used[ModelReference.model_validate("org/math")] = make_store(
+        tmp_path / "other", dataset="org/other")
+    recorded_as(out, state)
+    write_card(out)
+    assert "calibration_dataset: openai/gsm8k" in (out / "mergekit_config.yml").read_text("utf-8")
+
+
 def test_the_users_own_words_stay(tmp_path):
     out = make_output(tmp_path / "out", HUB)
     card = ModelCard(write_card(out))
