@@ -262,6 +262,34 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     assert (toy.merges, len(toy.setting.scored)) == (merges, scored)
 
 
+def test_right_answers_are_reported_where_they_were_written(toy, tmp_path):
+    def score(out, model, task, seed, split, quick):
+        if split == "test" or split == "validation":
+            return real(out, model, task, seed, split, quick)
+        if task == "b":
+            return []
+        right = 36 if model.name == "model" else 12 if model.name == "base" else 24
+        return [1.0] * right + [0.0] * (48 - right)
+
+    real, toy.setting.score = toy.setting.score, score
+    compare.compare(toy, _chosen("average", "tsv_m"), (), (0,))
+    chosen = _chosen("average", "tsv_m", "tsv_regmean")
+    compare.compare(toy, _chosen("tsv_m", "tsv_regmean"), (), (0,), exact=True)
+    # What is there is reported, also by a run that writes none.
+    markdown = report.write(compare.compare(toy, chosen, (), (0,)), tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")] for line in markdown.splitlines()]
+    assert lines[0][5:7] == ["right answers", "over its twin's"]
+    found = {cells[1]: cells[5:7] for cells in lines[2:7]}
+    assert found["average"] == ["", ""] and found["tsv_m"][1] == ""
+    assert found["base"][0].startswith("25.0 (") and found["experts"][0].startswith("50.0 (")
+    assert found["tsv_m"][0] == found["tsv_regmean"][0] != "75.0 (75.0 to 75.0)"
+    assert found["tsv_regmean"][0].startswith("75.0 (")
+    assert found["tsv_regmean"][1] == "+0.0 (+0.0 to +0.0)"
+    assert markdown.splitlines()[8].endswith("first seed: base 25.0, experts 50.0.")
+    with open(tmp_path / "results.csv") as file:
+        assert [row["exact"] for row in csv.DictReader(file)] == ["0.25", "0.5", "", "0.75", "0.75"]
+
+
 @pytest.mark.parametrize("method", methods.METHODS, ids=lambda m: m.name)
 def test_every_method_runs(method, toy):
     assert methods.unavailable(method) is None
@@ -336,6 +364,17 @@ def test_nothing_tested_by_the_causal_setting_was_seen_before():
         assert {name: len(of) for name, of in splits.items()} == causal.SIZES
 
 
+def test_a_written_number_is_compared_with_the_right_one():
+    causal = importlib.import_module("causal")
+    question, answer = "Question: 4 x 10?\nAnswer:\n", "4 x 10 = 40\n#### 1,040.0"
+    assert causal._asked(question, answer, "written") == (question, "", 1040.0)
+    given, mark, right = causal._asked(question, answer, "exact")
+    assert given == "Question: 4 x 10?\nAnswer:\n4 x 10 = 40\n####" and given.endswith(mark)
+    for end, number in ((" 1040", right), ("1040.00 and", right), (" -3", -3.0), (" none", None)):
+        assert causal._number(mark + end) == number
+    assert causal._number("4 x 10 = 40") is None
+
+
 @pytest.mark.slow
 def test_nothing_tested_by_the_encoder_setting_was_seen_before():
     encoder = _setting("encoder")
@@ -355,7 +394,7 @@ def test_the_command_from_nothing(setting, tmp_path):
     _setting(setting)
     out = tmp_path / "out"
     command = [sys.executable, str(EXAMPLES / "comparison" / "run.py"), "--quick"]
-    command += ["--setting", setting, "--out", str(out)]
+    command += ["--setting", setting, "--out", str(out), *(["--exact"] * (setting == "causal"))]
     subprocess.run(command, check=True, cwd=tmp_path)
     results = json.loads((out / setting / "results.json").read_text())
     names = [record["name"] for record in results["methods"]]

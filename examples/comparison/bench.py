@@ -78,7 +78,7 @@ class Bench:
             NotScored: one is not, and nothing is to be merged.
         """
         source = text(method, configuration)
-        found = {split: self._read(source, seed, split) for split in splits}
+        found = {split: self.known(source, seed, split) for split in splits}
         if any(rows is None for rows in found.values()):
             if self.finished_only:
                 raise NotScored
@@ -94,7 +94,7 @@ class Bench:
     def _kept(
         self, source: str, seed: int, split: str, models: dict[str, Path], name: str | None = None
     ) -> Rows:
-        if (found := self._read(source, seed, split)) is not None:
+        if (found := self.known(source, seed, split)) is not None:
             return found
         start = time.perf_counter()
         rows = {
@@ -111,7 +111,8 @@ class Bench:
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return self.out / "scores" / f"{digest[:24]}.json"
 
-    def _read(self, source: str, seed: int, split: str) -> Rows | None:
+    def known(self, source: str, seed: int, split: str) -> Rows | None:
+        """What is on disk for a YAML, `base` or `experts`."""
         file = self._file(source, seed, split)
         if not file.exists():
             return None

@@ -28,7 +28,9 @@ TRAINED_ROWS = {False: 320, True: 48}  # drawn with the seed from the 800
 QUICK_LENGTH = 64
 BATCH_SIZE = 8
 EVALUATION_TOKENS = 2048  # in one forward pass
-WRITTEN_ROWS, WRITTEN_TOKENS = 32, 128  # at once, and at most, where answers are written
+WRITTEN_ROWS = 32  # at once, where answers are written
+WRITTEN_TOKENS = {"exact": 12, "written": 192}  # at most: a number; its working too
+MARK = "####"  # before the number that answers a maths question
 LEARNING_RATE = 2e-4
 CALIBRATION_SAMPLES = {False: 128, True: 16}
 SAMPLE_SIZES = (16, 64, 256)
@@ -104,12 +106,13 @@ def train(out: Path, task: str, seed: int, quick: bool) -> None:
 def score(out: Path, model: Path, task: str, seed: int, split: str, quick: bool) -> list[float]:
     """The mean negative log-likelihood of every row's answer tokens.
 
-    The split `exact` is another measure: whether the written answer to a maths question of the
-    test rows is right, 1.0 or 0.0; nothing for other tasks.
+    Two splits are other measures, of the maths questions among the test rows: whether the number
+    that the model writes is the right one, 1.0 or 0.0, after the right working (`exact`) or after
+    its own (`written`). Nothing for other tasks.
     """
     del seed  # nothing but the model depends on it
-    if split == "exact":
-        return _exact(out, model, quick) if task == "maths" else []
+    if split in WRITTEN_TOKENS:
+        return _exact(out, model, split, quick) if task == "maths" else []
     encoded = _encoded(out, task, split, quick)
     network = _opened(model)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
@@ -121,26 +124,35 @@ def score(out: Path, model: Path, task: str, seed: int, split: str, quick: bool)
     return [found[i] for i in range(len(encoded))]
 
 
-def _exact(out: Path, model: Path, quick: bool) -> list[float]:
+def _exact(out: Path, model: Path, split: str, quick: bool) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(out / "base", padding_side="left")
     # Token by token, reading the weights is all the work: half as many bytes.
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    result = []
-    tested = rows("maths", quick)["test"]
-    for start in range(0, len(tested), WRITTEN_ROWS):
-        batch = tested[start : start + WRITTEN_ROWS]
-        inputs = tokenizer([prompt for _, prompt, _ in batch], return_tensors="pt", padding=True)
-        outputs = network.generate(**inputs, max_new_tokens=WRITTEN_TOKENS, do_sample=False)
-        answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :])
-        result += [
-            float(_number(answer) is not None and _number(answer) == _number(right))
-            for answer, (_, _, right) in zip(answers, batch, strict=True)
-        ]
-    return result
+    asked = [_asked(prompt, answer, split) for _, prompt, answer in rows("maths", quick)["test"]]
+    found: dict[int, float] = {}
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
+    for start in range(0, len(order), WRITTEN_ROWS):
+        batch = order[start : start + WRITTEN_ROWS]
+        inputs = tokenizer([asked[i][0] for i in batch], return_tensors="pt", padding=True)
+        outputs = network.generate(
+            **inputs, max_new_tokens=WRITTEN_TOKENS[split], do_sample=False
+        )
+        ends = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :])
+        for index, end in zip(batch, ends, strict=True):
+            start_of_number, right = asked[index][1:]
+            found[index] = float(_number(start_of_number + end) == right)
+    return [found[i] for i in range(len(asked))]
+
+
+def _asked(prompt: str, answer: str, split: str) -> tuple[str, str, float]:
+    """What the model reads, what of the answer's last line that holds already, the right number."""
+    working, mark, _ = answer.partition(MARK)
+    shown = (prompt + working + mark, mark) if split == "exact" else (prompt, "")
+    return *shown, _number(answer)
 
 
 def _number(answer: str) -> float | None:
-    found = re.search(r"#### *(-?[\d,]*\.?\d+)", answer)
+    found = re.search(rf"{MARK} *(-?[\d,]*\.?\d+)", answer)
     return float(found[1].replace(",", "")) if found else None
 
 

@@ -31,7 +31,8 @@ class Comparison:
     references: dict[str, list[Rows]]
     tested: dict[str, Tested] = field(default_factory=dict)
     ablated: list[tuple[Ablation, Rows]] = field(default_factory=list)
-    exact: dict[str, list[float]] = field(default_factory=dict)
+    exact: dict[str, list[Rows]] = field(default_factory=dict)  # right answers
+    written: dict[str, list[Rows]] = field(default_factory=dict)
 
     @property
     def best_plain(self) -> str | None:
@@ -49,6 +50,14 @@ class Comparison:
         scores |= {name: t.rows[:1] for name, t in self.tested.items()}
         scores |= {ablation.name: [rows] for ablation, rows in self.ablated}
         return self._bootstrap(scores, resample_tasks=True)
+
+    def exact_bootstrap(self) -> Bootstrap:
+        """Shares of right answers, over the rows and seeds of the one task that has such."""
+        groups = [of for of, rows in zip(
+            self.bench.groups("test"), self.exact["base"][0], strict=True) if len(rows)]
+        scores = {name: [[rows for rows in of_seed if len(rows)] for of_seed in seeds]
+                  for name, seeds in self.exact.items()}
+        return bootstrap(scores, groups, lambda model, base, expert: model, resample_tasks=False)
 
     def _bootstrap(self, scores: Mapping[str, list[Rows]], resample_tasks: bool) -> Bootstrap:
         setting = self.bench.setting
@@ -70,7 +79,12 @@ def compare(
             references[name].append(rows)
     result = Comparison(bench, seeds, references)
     if exact:
-        _exact_references(bench, seeds, result)
+        for seed in seeds:
+            bench.references(seed, "exact")
+        bench.references(seeds[0], "written")  # hardly any is right
+    for name in references:
+        _keep(result.exact, name, [bench.known(name, seed, "exact") for seed in seeds])
+        _keep(result.written, name, [bench.known(name, seeds[0], "written")])
     for method in methods:
         with _unfinished_left_out(method.name):
             result.tested[method.name] = _tested(bench, method, seeds, exact, result)
@@ -97,18 +111,22 @@ def _tested(
         f"{method.name}: strength {tuned.strength}, ratio {tuned.ratio}, "
         f"validation {tuned.value:.4f}", flush=True,
     )
-    tested, written = Tested(method, tuned, []), []
+    tested, answers = Tested(method, tuned, []), []
     for seed in seeds:
         config = configuration(method, bench.place(seed), tuned.strength, tuned.ratio)
         splits = ("test", "exact") if exact else ("test",)
         found = bench.scores(method, method.name, config, seed, splits)
         bench.keep_yaml(method.name, seed, text(method, config))
         tested.rows.append(found["test"])
-        if exact:
-            written.append(_mean(found["exact"]))
-    if exact:
-        result.exact[method.name] = written
+        answers.append(bench.known(text(method, config), seed, "exact"))
+    _keep(result.exact, method.name, answers)
     return tested
+
+
+def _keep(found: dict[str, list[Rows]], name: str, rows: list[Rows | None]) -> None:
+    """Where every seed has been scored, whether in this run or before."""
+    if all(of_seed is not None for of_seed in rows):
+        found[name] = rows
 
 
 def _tuned(bench: Bench, method: Method, seed: int) -> Tuned:
@@ -146,14 +164,3 @@ def _ablated(result: Comparison, ablation: Ablation, seed: int) -> tuple[Ablatio
     rows = bench.scores(method, ablation.name, config, seed, ("test",))["test"]
     bench.keep_yaml(ablation.name, seed, text(method, config))
     return ablation, rows
-
-
-def _exact_references(bench: Bench, seeds: tuple[int, ...], result: Comparison) -> None:
-    for seed in seeds:
-        for name, rows in bench.references(seed, "exact").items():
-            result.exact.setdefault(name, []).append(_mean(rows))
-
-
-def _mean(rows: Rows) -> float:
-    """Of the one task that has exact answers."""
-    return float(np.mean(np.concatenate(rows)))

@@ -44,6 +44,7 @@ def records(comparison: Comparison) -> list[Record]:
             for seed in comparison.seeds
         }
         result.append(record)
+    _add_exact(comparison, result)
     return result
 
 
@@ -52,7 +53,7 @@ def _record(
 ) -> Record:
     tasks = comparison.bench.tasks
     first = {key: of_seeds[0] for key, of_seeds in comparison.references.items()}
-    record: Record = {
+    return {
         "name": name,
         "first_seed": mean_strength(comparison.bench, rows[0], first),
         "score": all_tasks.score(name).as_dict(),
@@ -63,9 +64,21 @@ def _record(
         },
         "seeds": comparison.seeds,
     }
-    if name in comparison.exact:
-        record["exact_match_maths"] = float(np.mean(comparison.exact[name]))
-    return record
+
+
+def _add_exact(comparison: Comparison, records: list[Record]) -> None:
+    """Shares of right answers, where they were written."""
+    if "base" not in comparison.exact or "experts" not in comparison.exact:
+        return
+    drawn = comparison.exact_bootstrap()
+    for record in records:
+        name, twin = record["name"], record.get("twin")
+        if name in comparison.exact:
+            record["exact"] = drawn.score(name).as_dict()
+            if twin in comparison.exact:
+                record["exact_over_twin"] = drawn.difference(name, twin).as_dict()
+        if name in comparison.written:
+            record["written"] = float(np.mean(np.concatenate(comparison.written[name][0])))
 
 
 def ablation_records(comparison: Comparison) -> list[Record]:
@@ -119,7 +132,7 @@ def write(comparison: Comparison, folder: Path) -> str:
 def _table(comparison: Comparison, records: list[Record]) -> str:
     tasks = comparison.bench.tasks
     percent = comparison.bench.setting.METRIC == "accuracy"
-    exact = [f"exact ({tasks[0]})"] if comparison.exact else []
+    exact = ["right answers", "over its twin's"] if any("exact" in r for r in records) else []
     header = ["method", "score", *tasks, *exact, "over its twin", "over the best plain", "strength",
               "ratio or separation"]
     lines = [_line(header), "|---" * len(header) + "|"]
@@ -127,10 +140,15 @@ def _table(comparison: Comparison, records: list[Record]) -> str:
         cells = [record["name"], _cell(record["score"])]
         cells += [_number(value, percent) for value in record["tasks"].values()]
         if exact:
-            cells.append(_number(record.get("exact_match_maths"), True))
+            cells += [_cell(record.get("exact")), _cell(record.get("exact_over_twin"), signed=True)]
         cells += [_cell(record.get(key), signed=True) for key in ("over_twin", "over_best_plain")]
         cells += [_plain(record.get(key)) for key in ("strength", "ratio")]
         lines.append(_line(cells))
+    if exact:
+        alone = [f"{r['name']} {_number(r['written'], True)}" for r in records if "written" in r]
+        lines += ["", "Right answers: percent of the maths test questions for which a model writes "
+                  "the right number after the right working. With its own working, first seed: "
+                  f"{', '.join(alone)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -178,15 +196,14 @@ def _plain(value: float | None) -> str:
 
 
 def _write_csv(file: Path, records: list[Record], tasks: tuple[str, ...]) -> None:
-    intervals = ("score", "over_twin", "over_best_plain", "over_parent")
-    header = ["name", "group", "strength", "ratio", "validation", *tasks, "exact_match_maths"]
+    intervals = ("score", "over_twin", "over_best_plain", "over_parent", "exact", "exact_over_twin")
+    header = ["name", "group", "strength", "ratio", "validation", *tasks]
     header += [f"{key}{end}" for key in intervals for end in ("", "_low", "_high")]
     with open(file, "w", newline="") as opened:
         rows = csv.DictWriter(opened, header)
         rows.writeheader()
         for record in records:
             row = {key: record.get(key, "") for key in header[:5]} | record.get("tasks", {})
-            row["exact_match_maths"] = record.get("exact_match_maths", "")
             for key in intervals:
                 if key in record:
                     found = Interval(**record[key])
