@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_pave.calibration.model import ModelSource, empty_model
-from mergekit_pave.compressed import FORMAT, KIND, LORA, MODEL, Kept, pack
+from mergekit_pave.compressed import FORMAT, KIND, LORA, MODEL, Kept, checksum, pack
 from mergekit_pave.disk import to_disk
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import digest
 from mergekit_pave.merging.tsv import kept_rank
-from mergekit_pave.model_folder import copy_companions
+from mergekit_pave.model_folder import companions, copy_companions
 from mergekit_pave.store import MANIFEST, write_atomically
 
 # Bytes held in memory before they are written.
@@ -150,8 +149,9 @@ def compress_task(
     names = ShardedTensorIndex.from_disk(tuned.path).tensor_paths.keys()
     if names.isdisjoint(origin.tensor_paths):
         raise PaveError(
-            f"{tuned.label} shares no tensor with the base {base.label}: name the model that it "
-            "was fine-tuned from."
+            f"{tuned.label} shares no tensor's name with the base {base.label}: name the model "
+            "that it was fine-tuned from (where that is this one, save both by one class of "
+            "transformers: AutoModel leaves a prefix out)."
         )
     progress = tqdm(tuned.tensors(), header["task"], len(names), unit="tensor", leave=False)
     for name, tensor in progress:
@@ -177,25 +177,34 @@ def compress_task(
         stored = {key: value.to("cpu", copy=True).contiguous() for key, value in stored.items()}
         writer.add(name, stored, {
             "how": how, "shape": tuple(tensor.shape), "dtype": _name(tensor.dtype),
-            "base": None if how == "whole" else digest([(name, there)]), "energy": energy,
+            "base": None if how == "whole" else checksum(there), "energy": energy,
             "rank": len(stored["::s"]) if how == "factors" else None,
         })
         too_large += how == "whole" and there is not None and tensor.ndim == 2
         if how == "factors" and name in linear:
             adapter[name.removesuffix(".weight")] = stored
     writer.flush()
-    files = copy_companions(Path(tuned.path), Path(base.path), folder / MODEL)
+    copy_companions(_companions(tuned), folder / MODEL)
     if settings.lora:
         _write_adapter(folder / LORA, adapter, tuned.label, header["base"])
     summary = _summary(
         header["task"], writer, size, len(adapter) if settings.lora else None, too_large)
     manifest = {
         "kind": KIND, "format": FORMAT, "version": version("mergekit-pave"), **header,
-        "summary": asdict(summary), "files": files,
+        "summary": asdict(summary),
         "tensors": {name: asdict(kept) for name, kept in writer.tensors.items()},
     }
     text = json.dumps(manifest, indent=1) + "\n"
     write_atomically(folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
+
+
+def _companions(model: ModelSource) -> dict[str, Path]:
+    """Config and tokenizer; a merged adapter's folder has no tokenizer."""
+    found = companions(Path(model.path))
+    if any("tokenizer" in name for name in found):
+        return found
+    path = ModelPath(path=model.tokenizer, revision=model.revision)
+    return companions(Path(ModelReference(model=path).local_path(model.cache_dir))) | found
 
 
 def _name(dtype: torch.dtype) -> str:

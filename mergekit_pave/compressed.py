@@ -2,7 +2,7 @@
 
     manifest.json               base, settings, and how every tensor is kept
     tensors-NNNNN.safetensors   what the base does not have
-    model/                      config and tokenizer files that differ from the base's
+    model/                      config and tokenizer
     lora/                       an adapter for peft, if asked for
 
 A tensor is kept in the first of these ways that fits:
@@ -22,6 +22,7 @@ is their number, so that a square matrix may become factors with two tasks, too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import dtype_from_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -40,7 +40,7 @@ from mergekit_pave.numeric import double
 from mergekit_pave.store import MANIFEST
 
 KIND = "mergekit-pave compressed model"
-FORMAT = 1
+FORMAT = 2
 MODEL, LORA = "model", "lora"
 DTYPES = ("float32", "bfloat16", "float16")
 _STORED = {"base": (), "rows": ("", "::rows"), "factors": ("::u", "::s", "::v"), "whole": ("",)}
@@ -54,7 +54,7 @@ class Kept:
         how: `base`, `rows`, `factors` or `whole`.
         shape: of the tensor.
         dtype: of the tensor.
-        base: `digest` of the base's values that are needed again, None for `whole`.
+        base: `checksum` of the base's tensor, which is needed again, None for `whole`.
         file: where the rest lies, None for `base`.
         rank: triples, of `factors`.
         energy: `sum s_i^2` of those kept and of all, of `factors`.
@@ -80,6 +80,13 @@ class Kept:
         )
         if not fits:
             raise ValueError(f"{self.how}, {self.dtype} and {self.file} do not fit together")
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of all of a tensor: its shape, its dtype and its values."""
+    state = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def pack(
@@ -181,7 +188,6 @@ class Compressed:
             )
         try:
             self.base: dict[str, str | None] = {k: manifest["base"][k] for k in ("id", "hub")}
-            self.files: list[str] = [Path(name).name for name in manifest["files"]]
             self.tensors = {name: Kept(**kept) for name, kept in manifest["tensors"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"{MANIFEST}: {error!r}") from error
@@ -196,7 +202,7 @@ class Compressed:
             stored = {key: self._read(kept.file, name + key) for key in _STORED[kept.how]}
         except (SafetensorError, OSError) as error:
             raise self._damaged(f"{kept.file}: {error}") from error
-        return restore(kept.how, stored, base, dtype_from_name(kept.dtype))
+        return restore(kept.how, stored, base, getattr(torch, kept.dtype))
 
     def _read(self, file: str, key: str) -> Tensor:
         if self._open[0] != file:

@@ -46,6 +46,7 @@ def load_task_model(
     rescaler: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
+    lora_merge_cache: str | None = None,
     **kwargs: Any,
 ) -> transformers.PreTrainedModel:
     """The model of one task of an EMR merge.
@@ -58,21 +59,24 @@ def load_task_model(
         rescaler: `tensor_mean` or `global` instead of what the merge was made with.
         trust_remote_code: let the repositories of merge and base run code.
         cache_dir: folder for downloads.
-        kwargs: for `from_pretrained`.
+        lora_merge_cache: folder for the merged copy of a base with an adapter.
+        kwargs: for `from_pretrained`; with `output_loading_info` the result is a pair, as there.
 
     Raises:
         PaveError: no masks, no such task, another base, or damaged files.
     """
-    options = LoaderOptions(cache_dir, trust_remote_code=trust_remote_code)
+    options = LoaderOptions(cache_dir, lora_merge_cache, None, trust_remote_code)
     folder = _folder(merged, options)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code)
     state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
     # An `AutoModel` looks for the code of a repository, and there is none: only a state.
     concrete = type(empty_model(config, trust_remote_code))
-    model = concrete.from_pretrained(None, config=config, state_dict=state, **kwargs)
+    loaded = concrete.from_pretrained(None, config=config, state_dict=state, **kwargs)
+    model = loaded[0] if kwargs.get("output_loading_info") else loaded
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
+    return loaded
 
 
 def task_tensors(
@@ -85,8 +89,8 @@ def task_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint tensors of one task, in the merged model's dtype, shard by shard.
 
-    A tensor in which the task took no part is that of the merged model. Arguments and errors as
-    in `load_task_model`.
+    A tensor in which only other tasks took part is the base's; one without masks is the merged
+    model's. Arguments and errors as in `load_task_model`.
     """
     options = options or LoaderOptions()
     folder = _folder(merged, options)
@@ -105,13 +109,14 @@ def task_tensors(
     for shard in shards.shards:
         for name in sorted(shard.contained_keys):
             tensor = loader.get_tensor(name)
-            mask = masks.mask(name, index)
-            if mask is not None:
-                if mask.shape != tensor.shape:
+            if name in masks.tensors:
+                if masks.tensors[name].shape != tensor.shape:
                     raise PaveError(
                         f"{name} of {folder} has another shape than its task masks; merge again."
                     )
-                tensor = task_weight(found.tensor(name), tensor, mask, factor).to(tensor.dtype)
+                mask, origin = masks.mask(name, index), found.tensor(name)
+                own = origin if mask is None else task_weight(origin, tensor, mask, factor)
+                tensor = own.to(tensor.dtype)
             yield name, tensor
 
 

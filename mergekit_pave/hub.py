@@ -94,6 +94,13 @@ def check_finished(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise PaveError(f"{folder} holds no finished merge: it has no config.json; merge again.")
     shards = list(_shards(folder))
+    complete = (*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))
+    there = [name for name in complete if (folder / name).is_file()]
+    if len(there) > 1:
+        raise PaveError(
+            f"{folder} holds the weights of two merges ({there[0]} and {there[1]}): merge again "
+            "into an empty folder."
+        )
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
         what = f"{missing[0]} is missing" if missing else "it has no weights"

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,18 +34,14 @@ def companions(folder: Path) -> dict[str, Path]:
             if f.is_file() and _COMPANIONS.fullmatch(f.name)}
 
 
-def copy_companions(tuned: Path, base: Path, out: Path) -> list[str]:
-    """Copy those that the base does not have just so; the names of all."""
-    own, theirs = companions(tuned), companions(base)
-    for name, file in own.items():
+def copy_companions(files: Mapping[str, Path], out: Path) -> None:
+    """Copy companions, without paths of this machine in them."""
+    out.mkdir(exist_ok=True)
+    for name, file in files.items():
         content = file.read_bytes()
-        if name in theirs and theirs[name].read_bytes() == content:
-            continue
         if name in ("config.json", "tokenizer_config.json"):
             content = _public(content)
-        out.mkdir(exist_ok=True)
         write_atomically(out / name, lambda path, content=content: path.write_bytes(content))
-    return list(own)
 
 
 def _public(content: bytes) -> bytes:
@@ -61,13 +57,14 @@ def refuse_used(folder: Path) -> None:
     """Raise `PaveError` unless a model can become that folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PaveError(f"{folder} exists already; choose another folder for the model.")
-    if folder.is_mount():  # a finished folder cannot take its place
+    if os.path.ismount(os.path.realpath(folder)):  # written beside it, and renamed
         raise PaveError(f"{folder} is a mount point; name a folder in it for the model.")
 
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which gets its name when the block has ended well.
+    """A new folder beside `folder`, which gets its name when the block has ended well; where there
+    is an empty one, its files then move into that, the config last.
 
     Raises:
         PaveError: what went wrong with the disk.
@@ -85,10 +82,13 @@ def appearing(folder: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             to_disk(file)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-        to_disk(folder.parent)
+        if folder.exists():  # it may be the current one of a shell, which would lose it
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, folder / file.name)
+            to_disk(folder)
+        else:
+            os.replace(temporary, folder)
+            to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PaveError(f"Cannot finish {folder}: {reason}.") from error

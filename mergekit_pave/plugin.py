@@ -110,7 +110,7 @@ def _guard(module: ModuleType) -> None:
     def run_merge(merge_config, out_path, options, config_source=None):
         from mergekit import merge_methods
 
-        from mergekit_pave import check, record
+        from mergekit_pave import check, earlier, record
         from mergekit_pave.locate import LoaderOptions
 
         name = merge_config.merge_method
@@ -125,12 +125,14 @@ def _guard(module: ModuleType) -> None:
             options.trust_remote_code,
         )
         allowed = check.Allowances(options.allow_crimes, options.unsafe_truncate_embeddings)
+        earlier.refuse_inputs(out_path, merge_config.referenced_models())
         warnings = check.preflight(merge_config, config_source, loading, allowed)
         for warning in warnings:
             logger.warning("%s", warning)
         statistics = shared_statistics()
         statistics.reset()
-        result = original(merge_config, out_path, options, config_source)
+        with earlier.replaced(out_path):
+            result = original(merge_config, out_path, options, config_source)
         if options.write_model_card:
             record.write(out_path, record.of_merge(merge_config, statistics))
         # A method that looks at no covariance counts nothing.
@@ -147,10 +149,10 @@ def _with_what_lies_beside(run_merge):
 
     @functools.wraps(run_merge)
     def merge(merge_config, out_path, options, config_source=None):
-        from mergekit_pave import record, task_masks
+        from mergekit_pave import earlier, task_masks
 
-        record.discard(out_path)
-        with task_masks.beside(out_path, merge_config, options):
+        beside = task_masks.beside(out_path, merge_config, options)
+        with earlier.gives_way(out_path), beside:
             return run_merge(merge_config, out_path, options, config_source)
 
     return merge

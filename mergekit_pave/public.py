@@ -56,7 +56,7 @@ def scrub_card(text: str, raw: Any, local: Collection[str] = ()) -> str:
     comment may have it. Elsewhere it may as well be a link of the user's own.
     """
     parts = _YAML_BLOCK.split(_without(text, raw, local))
-    return "".join(_LOOSE.sub(_name_found, part) if i % 2 else part for i, part in enumerate(parts))
+    return "".join(_cleaned(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _without(text: str, raw: Any, local: Collection[str]) -> str:
@@ -65,6 +65,29 @@ def _without(text: str, raw: Any, local: Collection[str]) -> str:
         # As a template the name would be read for backslashes.
         text = re.sub(exact, last_part(path).replace("\\", r"\\"), text)
     return text
+
+
+def _cleaned(source: str) -> str:
+    """YAML without anything that looks like a path, but for a chat template: text of its own."""
+    start, end = _chat_template(source)
+    return (
+        _LOOSE.sub(_name_found, source[:start]) + source[start:end]
+        + _LOOSE.sub(_name_found, source[end:])
+    )
+
+
+def _chat_template(source: str) -> tuple[int, int]:
+    """Where in a merge's YAML, perhaps fenced, its value is."""
+    fenced = source.startswith("```")
+    before = source.index("\n") + 1 if fenced else 0
+    try:
+        node = yaml.compose(source[before:].removesuffix("```"), yaml.SafeLoader)
+    except yaml.YAMLError:
+        return 0, 0
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value == "chat_template":
+            return before + value.start_mark.index, before + value.end_mark.index
+    return 0, 0
 
 
 def _name_found(found: re.Match) -> str:
@@ -81,7 +104,7 @@ def scrub_configuration(text: str, local: Collection[str] = ()) -> str:
     Raises:
         PaveError: a path is written in a way that it cannot be cut out safely.
     """
-    clean = _LOOSE.sub(_name_found, _without(text, yaml.safe_load(text), local))
+    clean = _cleaned(_without(text, yaml.safe_load(text), local))
     for path in local_paths(yaml.safe_load(clean)):
         if name_of(path) != path:
             raise PaveError(

@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from mergekit_pave.check.inputs import model_reference
 from mergekit_pave.check.models import read_config
-from mergekit_pave.compressed import MODEL, Compressed
+from mergekit_pave.compressed import MODEL, Compressed, checksum
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import digest
 from mergekit_pave.locate import LoaderOptions, model_source
 from mergekit_pave.model_folder import appearing, companions, refuse_used
 
@@ -30,7 +29,7 @@ def tensors(task: Compressed, base: Path) -> Iterator[tuple[str, Tensor]]:
         if kept.base is not None:
             known = name in loader.index.tensor_paths
             there = loader.get_tensor(name) if known else None
-            if there is None or digest([(name, there)]) != kept.base:
+            if there is None or checksum(there) != kept.base:
                 raise PaveError(
                     f"{base} is not the base that {task.folder} was compressed against, "
                     f"{task.base['id']} (first difference: {name}); name that one with --base."
@@ -66,12 +65,6 @@ def reconstruct(
     reference = model_reference(name)
     read_config(reference, options)
     origin = Path(model_source(reference, options).path)
-    files = {**companions(origin), **_own_files(compressed.folder)}
-    missing = [file for file in compressed.files if file not in files]
-    if missing:
-        raise PaveError(
-            f"{origin} lacks {missing[0]}, which {task} has in common with its base; complete it."
-        )
     with appearing(out) as folder:
         writer = TensorWriter(str(folder))
         progress = tqdm(tensors(compressed, origin), "Reconstructing", len(compressed.tensors),
@@ -79,12 +72,8 @@ def reconstruct(
         for key, tensor in progress:
             writer.save_tensor(key, tensor)
         writer.finalize()
-        for file in compressed.files:
-            shutil.copyfile(files[file], folder / file)
-
-
-def _own_files(folder: Path) -> dict[str, Path]:
-    return companions(folder / MODEL) if (folder / MODEL).is_dir() else {}
+        for name, file in companions(compressed.folder / MODEL).items():
+            shutil.copyfile(file, folder / name)
 
 
 @click.command("reconstruct")

@@ -101,15 +101,14 @@ def write(folder: Path | str, record: Mapping[str, Any]) -> None:
     write_atomically(Path(folder) / NAME, lambda path: path.write_text(text, "utf-8"))
 
 
-def discard(folder: Path | str) -> None:
-    """Remove the record of an earlier merge into the same folder."""
+def files(folder: Path | str) -> list[Path]:
+    """What `write` has written to the folder."""
     path = Path(folder) / NAME
     try:
         ours = json.loads(path.read_text("utf-8"))["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if ours:
-        path.unlink()
+        return []
+    return [path] if ours else []
 
 
 def read(folder: Path | str) -> dict[str, Any] | None:

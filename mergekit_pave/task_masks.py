@@ -34,7 +34,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import fingerprint
 from mergekit_pave.public import is_local, name_of
 from mergekit_pave.store import MANIFEST, write_atomically
 
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 FOLDER = "emr"
 KIND = "mergekit-pave task masks"
-FORMAT = 1
+FORMAT = 2
 RESCALERS = ("tensor_mean", "global")
 _FILE = "masks-{:05d}.safetensors"
 _BASE = "::base"
@@ -107,9 +106,9 @@ class Masked:
 
 
 def identity(tensor: Tensor) -> str:
-    """sha256 of a sample of a tensor's values and its shape; the same in any wider dtype."""
+    """sha256 of a tensor's shape and its values in float32; the same in any wider dtype."""
     state = hashlib.sha256(str(tuple(tensor.shape)).encode())
-    state.update(fingerprint(tensor).numpy().tobytes())
+    state.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
     return state.hexdigest()
 
 
@@ -139,20 +138,16 @@ def active() -> Recorder | None:
 def beside(
     out_path: Path | str, config: MergeConfiguration, options: MergeOptions
 ) -> Iterator[None]:
-    """Keep the masks of the merge inside, if it makes any; those of an earlier one go first.
-
-    A merge that fails leaves none.
-    """
+    """Keep the masks of the merge inside, if it makes any. A merge that fails leaves none."""
     global _active
     recorder = Recorder(Path(out_path) / FOLDER, config, options)
-    discard(out_path)
     # Not a context variable: mergekit merges in threads of its own on several GPUs.
     _active = recorder
     try:
         yield
         recorder.finish()
     except BaseException:
-        discard(out_path)
+        _discard(out_path)
         raise
     finally:
         _active = None
@@ -165,14 +160,17 @@ def beside(
         )
 
 
-def discard(out_path: Path | str) -> None:
-    """Remove the masks beside a model, the manifest first."""
+def files(out_path: Path | str) -> list[Path]:
+    """The masks beside a model, the manifest first."""
     folder = Path(out_path) / FOLDER
-    if not _is_ours(folder):
-        return
-    for pattern in (MANIFEST, "masks-*.safetensors", ".*.tmp"):
-        for file in folder.glob(pattern):
-            file.unlink(missing_ok=True)
+    patterns = (MANIFEST, "masks-*.safetensors", ".*.tmp") if _is_ours(folder) else ()
+    return [file for pattern in patterns for file in folder.glob(pattern)]
+
+
+def _discard(out_path: Path | str) -> None:
+    for file in files(out_path):
+        file.unlink(missing_ok=True)
+    folder = Path(out_path) / FOLDER
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -343,7 +341,10 @@ class TaskMasks:
         return PaveError(f"The task masks in {self.folder} are damaged ({what}); merge again.")
 
     def task(self, name: str | int) -> int:
-        """Index of a task: its public name, that name's last part, or the index itself."""
+        """Index of a task: its public name, that name's last part, or the index itself, which
+        as a string comes after the names."""
+        if isinstance(name, int) and 0 <= name < len(self.tasks):
+            return name
         text = str(name)
         found = [i for i, task in enumerate(self.tasks) if task == text]
         found = found or [i for i, task in enumerate(self.tasks) if task.split("/")[-1] == text]

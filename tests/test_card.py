@@ -462,6 +462,19 @@ def test_scrub_leaves_the_rest(text):
     assert public.scrub_card(f"```yaml\n{text}\n```", {}) == f"```yaml\n{text}\n```"
 
 
+@pytest.mark.parametrize("template", [
+    '"{% for m in messages %}{{ \'Q:\\\\n\' + m.content }}{% endfor %}"',
+    "|\n  {{ 'see /opt/x/y' }}\n  {# ~/a/b #}\n", "'C:\\a and /etc/x/y {{ messages }}'"])
+def test_a_chat_template_is_not_cleaned(template):
+    text = f"merge_method: ties # from /srv/a/b\nchat_template: {template}\ndtype: x # ~/c/d\n"
+    clean = public.scrub_configuration(text)
+    assert clean.startswith("merge_method: ties # from b\n") and clean.endswith("dtype: x # d\n")
+    wanted = yaml.safe_load(text)["chat_template"]
+    assert yaml.safe_load(clean)["chat_template"] == wanted
+    card = public.scrub_card(f"see\n```yaml\n{text}```\n/srv/a/b", {})
+    assert card == f"see\n```yaml\n{clean}```\n/srv/a/b"
+
+
 def test_path_that_cannot_be_cut_out_is_refused():
     with pytest.raises(PaveError, match="could not be taken out"):
         public.scrub_configuration('base_model: "/srv/my\n  models/a b/base"\n')

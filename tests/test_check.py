@@ -92,6 +92,11 @@ BAD = [
     (f"{MODEL}.rank_ratio", 0.9, ["models[0].parameters.rank_ratio", "whole merge",
                                   "top level `parameters`"]),
     (f"{MODEL}.normalize", True, ["models[0].parameters.normalize", "top level"]),
+    ("dtype", "fp32", ["dtype: fp32 is no dtype", "known: bfloat16, float16, float32, float64"]),
+    ("out_dtype", "bfloat", ["out_dtype", "did you mean bfloat16?"]),
+    ("out_dtype", "int64", ["out_dtype: int64 is no dtype"]),
+    ("chat_template", "lama3", ["chat_template: 'lama3' is neither", "did you mean llama3?"]),
+    ("chat_template", "{{ x }}", ["chat_template: '{{ x }}' is neither a template nor"]),
     ("tokenizer", {"sauce": "base"}, ["tokenizer", "did you mean source?"]),
     # lists
     (f"{SHARED}.calibration_dataset", ["a.jsonl", "b.jsonl"],
@@ -237,6 +242,23 @@ def test_slices_with_unequal_ranges(good):
     found = errors(sliced(good, [(0, 1)] * 3, [(1, 2), (0, 1), (1, 2)]))
     assert len(found) == 1
     assert found[0].startswith("slices[1]: ") and "make the ranges equal" in found[0]
+
+
+@pytest.mark.parametrize(("part", "words"), [
+    ((0, 5), "slices[0]: layer_range ends at 5, and "),
+    ((-1, 1), "slices[0]: layer_range [-1, 1] holds no layers"),
+    ((1, 1), "slices[0]: layer_range [1, 1] holds no layers"),
+    ((2, 1), "slices[0]: layer_range [2, 1] holds no layers"),
+])
+def test_slices_of_layers_that_are_not_there(good, part, words):
+    assert errors(sliced(good, [part] * 3))[0].startswith(words)
+
+
+def test_templates_and_dtypes_that_mergekit_knows(good):
+    for key, value in (("chat_template", "chatml"), ("chat_template", "auto"),
+                       ("chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+                       ("dtype", "torch.bfloat16"), ("out_dtype", "float64")):
+        assert not errors({**good, key: value})
 
 
 def test_slice_without_the_base(good):

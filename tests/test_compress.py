@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from mergekit_pave import compress_task, compressed
 from mergekit_pave.compress import compress
 from mergekit_pave.compressed import Compressed, pack, restore
 from mergekit_pave.errors import PaveError
+from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.merging.tsv import kept_rank
-from mergekit_pave.model_folder import copy_companions
+from mergekit_pave.model_folder import companions, copy_companions
 from mergekit_pave.reconstruct import reconstruct
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -290,12 +292,20 @@ def test_a_head_and_a_config_of_its_own(families, tmp_path):
     config |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "_name_or_path": str(path)}
     (path / "config.json").write_text(json.dumps(config))
     compress(raw({**paths, "expert0": path}), tmp_path / "c")
-    assert sorted(f.name for f in (tmp_path / "c" / "odd" / "model").iterdir()) == ["config.json"]
-    assert not (tmp_path / "c" / "expert1" / "model").exists()
+    # What the base's folder has by now is not what the fine-tune had.
+    base = shutil.copytree(paths["base"], tmp_path / "base")
+    for name in ("config.json", "tokenizer_config.json"):
+        (base / name).write_text("{}")
+    (base / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.5}))
+    paths["base"] = base
     reconstruct(tmp_path / "c" / "odd", tmp_path / "m", base=str(paths["base"]))
     assert torch.equal(tensors_of(tmp_path / "m")["extra.weight"], tuned["extra.weight"])
     assert transformers.AutoConfig.from_pretrained(tmp_path / "m").id2label[1] == "b"
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["_name_or_path"] == "odd"
+    found = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert found["_name_or_path"] == "odd" and found["layer_norm_eps"] != 0.5
+    for name in companions(path):
+        assert (tmp_path / "m" / name).exists()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m").get_vocab()
 
 
 @pytest.mark.parametrize("name", ["bpe.codes", "tekken.json", "vocab-src.json", "merges.txt",
@@ -307,7 +317,8 @@ def test_files_of_the_tokenizer_come_along(families, tmp_path, name):
     (tuned / name).write_text("of its own")
     (tuned / "training_args.bin").write_text("not of the model")
     (tuned / "trainer_state.json").write_text("{}")
-    names = copy_companions(tuned, paths["base"], tmp_path / "out")
+    copy_companions(companions(tuned), tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
     assert name in names and not {"training_args.bin", "trainer_state.json"} & {*names}
     assert (tmp_path / "out" / name).read_text() == "of its own"
 
@@ -462,18 +473,85 @@ def test_folders_that_are_refused(families, config, tmp_path, monkeypatch):
             reconstruct(task, tmp_path / name, base=base)
     (tmp_path / "disk").mkdir()
     with monkeypatch.context() as mounted:  # nobody may mount one for a test
-        mounted.setattr(Path, "is_mount", lambda path: path.name == "disk")
+        mounted.setattr(os.path, "ismount", lambda path: os.path.basename(path) == "disk")
         with pytest.raises(PaveError, match="disk is a mount point; name a folder in it"):
             reconstruct(task, tmp_path / "disk", base=base)
     with pytest.raises(PaveError, match="no manifest.json.*: name a task's folder"):
         reconstruct(tmp_path / "c", tmp_path / "m", base=base)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64,
+                                   torch.float8_e4m3fn, torch.complex64])
+def test_tensors_of_any_dtype_come_back(families, tmp_path, dtype):
+    """Buffers of old checkpoints: GPT-NeoX's causal masks, for one."""
+    paths = dict(families("llama"))
+    for name, changed in (("base", 0), ("expert0", 0), ("expert1", 1)):
+        paths[name] = shutil.copytree(paths[name], tmp_path / name)
+        state = tensors_of(paths[name])
+        state["buffer"] = torch.tensor([0, 1, changed]).to(dtype)
+        save_file(state, paths[name] / "model.safetensors", metadata={"format": "pt"})
+    compress(raw(paths), tmp_path / "c")
+    for name in ("expert0", "expert1"):
+        reconstruct(tmp_path / "c" / name, tmp_path / f"m-{name}", base=str(paths["base"]))
+        found = tensors_of(tmp_path / f"m-{name}")["buffer"]
+        wanted = tensors_of(paths[name])["buffer"]
+        assert found.dtype == dtype and torch.equal(found.float(), wanted.float())
+
+
+def test_a_base_that_differs_in_a_few_rows_is_another(families, tmp_path):
+    paths = dict(families("llama"))
+    compress(raw(paths), tmp_path / "c")
+    other = shutil.copytree(paths["base"], tmp_path / "other")
+    state = tensors_of(other)
+    assert state["model.embed_tokens.weight"].numel() > 1500  # of which 512 would be a sample
+    state["model.embed_tokens.weight"][45:47] = 0
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PaveError, match="other is not the base .*embed_tokens"):
+        reconstruct(tmp_path / "c" / "expert0", tmp_path / "m", base=str(other))
+
+
+def test_a_merged_adapter_has_its_tokenizer(families, tmp_path):
+    """mergekit's copy of model and adapter has none."""
+    paths = dict(families("llama"))
+    adapter = tmp_path / "adapter"
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths["base"])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(adapter)
+    for ships in (True, False):
+        if ships:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(paths["base"])
+            tokenizer.chat_template = "{{ messages }} of the adapter"
+            tokenizer.save_pretrained(adapter)
+        else:
+            for file in companions(adapter).values():
+                file.unlink()
+        folder = tmp_path / f"c-{ships}"
+        made = {"base": paths["base"], "expert0": f"{paths['base']}+{adapter}",
+                "expert1": paths["expert1"]}
+        options = LoaderOptions(lora_merge_cache=str(tmp_path / "merged"))
+        (task, _) = compress(raw(made), folder, options=options)
+        reconstruct(folder / task.task, tmp_path / f"m-{ships}", base=str(paths["base"]))
+        found = transformers.AutoTokenizer.from_pretrained(tmp_path / f"m-{ships}")
+        assert (found.chat_template or "").endswith("of the adapter") == ships
+        assert found.get_vocab()
+
+
+def test_an_empty_folder_stays_the_same_folder(families, tmp_path, monkeypatch):
+    compress(raw(families("llama")), tmp_path / "c")
+    (tmp_path / "here").mkdir()
+    before = (tmp_path / "here").stat().st_ino
+    monkeypatch.chdir(tmp_path / "here")
+    reconstruct(tmp_path / "c" / "expert0", ".", base=str(families("llama")["base"]))
+    assert (tmp_path / "here").stat().st_ino == before
+    assert os.path.exists("config.json") and tensors_of(Path("."))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "here"]
+
+
 def test_models_that_do_not_fit(families, tmp_path):
     paths = families("llama")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compress_task, "pack", None)  # said before the work
-        with pytest.raises(PaveError, match="shares no tensor with the base"):
+        with pytest.raises(PaveError, match="shares no tensor's name with the base"):
             compress(raw({**paths, "base": families("roberta")["base"]}), tmp_path / "c")
     wide = shutil.copytree(paths["base"], tmp_path / "wide")
     state = tensors_of(wide)
@@ -529,7 +607,7 @@ def test_damage_is_named(families, tmp_path, damage):
     elif damage == "gone":
         file.unlink()
     elif damage == "manifest":
-        manifest.write_text('{"kind": "mergekit-pave compressed model", "format": 1}')
+        manifest.write_text('{"kind": "mergekit-pave compressed model", "format": 2}')
     elif damage in ("how", "dtype", "file", "outside"):
         content = json.loads(manifest.read_text())
         kept = next(t for t in content["tensors"].values() if t["how"] == "factors")
@@ -540,7 +618,7 @@ def test_damage_is_named(families, tmp_path, damage):
         manifest.write_text("[]")
         words = "something else than a compressed model"
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
         words = "another version of mergekit-pave"
     with pytest.raises(PaveError, match=words):
         reconstruct(task, tmp_path / "m", base=str(paths["base"]))

@@ -321,6 +321,44 @@ def test_layers_of_slices_are_found_by_their_values(trio, tmp_path):
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
 
 
+def test_a_task_that_took_no_part_has_the_base(trio, tmp_path):
+    paths = trio("llama")
+    config = config_of(paths)
+    models = [item["model"] for item in config.pop("models")]
+    parts = [(0, 1, models), (1, 2, models[2:])]
+    config["slices"] = [
+        {"sources": [{"model": model, "layer_range": [first, end]}
+                     for model in (*some, config["base_model"])]}
+        for first, end, some in parts]
+    out = merge(config, tmp_path / "out")
+    found = dict(task_tensors(tmp_path / "out", 0, base=str(paths["base"])))
+    base, own = tensors_of(paths["base"]), tensors_of(paths["expert0"])
+    other = [name for name in out if "layers.1." in name]
+    assert sum(not torch.equal(out[name], base[name]) for name in other) >= 7
+    assert all(torch.equal(found[name], base[name]) for name in other)
+    first = "model.layers.0.mlp.up_proj.weight"
+    assert (found[first] - own[first]).norm() < (base[first] - own[first]).norm()
+
+
+def test_loading_takes_what_transformers_does(trio, merged, tmp_path):
+    base = str(trio("llama")["base"])
+    config = transformers.AutoConfig.from_pretrained(merged)
+    config.rms_norm_eps = 0.25
+    model, info = load_task_model(
+        merged, 1, base=base, config=config, output_loading_info=True, dtype=torch.bfloat16)
+    assert not info["missing_keys"] and model.config.rms_norm_eps == 0.25
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_base_that_differs_in_a_few_rows_is_another(trio, merged, tmp_path):
+    other = shutil.copytree(trio("llama")["base"], tmp_path / "other")
+    state = tensors_of(other)
+    state["model.embed_tokens.weight"][45:47] = 0
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PaveError, match="other is not the base .*embed_tokens"):
+        dict(task_tensors(merged, 0, base=str(other)))
+
+
 def test_experts_fused_by_mergekit_are_found_in_the_base(tmp_path):
     """The base's checkpoint has them one by one, as older transformers wrote them."""
     torch.manual_seed(0)
@@ -544,7 +582,7 @@ def test_a_failed_merge_leaves_no_masks(trio, tmp_path, monkeypatch):
 
     monkeypatch.setattr(emr, "elect", failing)
     with pytest.raises(KeyboardInterrupt):
-        merge(config_of(trio("llama")), tmp_path / "out")
+        merge(config_of(trio("llama")), tmp_path / "out", out_shard_size=1_000)
     assert not (tmp_path / "out" / "emr").exists()
     refused("has no task masks", task_tensors, tmp_path / "out", 0)
 
@@ -637,7 +675,7 @@ def test_models_of_one_name_go_by_number(copy):
     manifest = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps({**manifest, "tasks": ["a/x", "b/x", "0"]}))
     masks = TaskMasks(copy)
-    assert [masks.task(name) for name in ("a/x", "b/x", "0", 1, "2")] == [0, 1, 2, 1, 2]
+    assert [masks.task(name) for name in ("a/x", "b/x", "0", 0, 1, "2")] == [0, 1, 2, 0, 1, 2]
     refused("Several tasks are called 'x'", masks.task, "x")
 
 
@@ -686,7 +724,7 @@ def test_damaged_files(copy, merged):
     next(iter(manifest["tensors"].values()))["dtype"] = "quint8"
     (copy / MANIFEST).write_text(json.dumps(manifest))
     refused("are damaged (manifest.json: ", task_tensors, copy, 0)
-    (copy / MANIFEST).write_text(text.replace('"format": 1', '"format": 2'))
+    (copy / MANIFEST).write_text(text.replace('"format": 2', '"format": 1'))
     refused("not from this version", task_tensors, copy, 0)
     (copy / MANIFEST).write_text(text)
     assert equal(dict(task_tensors(copy, 0)), dict(task_tensors(merged, 0)))

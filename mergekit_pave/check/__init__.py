@@ -5,6 +5,7 @@ mergekit itself ignores unknown keys and reads lists as gradients over the layer
 
     keys     the YAML alone: names, places and values of keys
     inputs   what the merge is made of: base, fine-tunes, slices
+    output   what mergekit would only notice when it writes
     models   configs, calibration data and covariance stores
 """
 
@@ -19,6 +20,7 @@ from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.inputs import check_inputs, configuration
 from mergekit_pave.check.keys import check_keys, ignored, is_ours, looks_like_ours, read_yaml
 from mergekit_pave.check.models import Allowances, check_data, check_models
+from mergekit_pave.check.output import check_output
 from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
 
@@ -37,6 +39,7 @@ def check(
     stages = (
         lambda: check_keys(raw),
         lambda: check_inputs(configuration(raw), options),
+        lambda: check_output(configuration(raw)),
         lambda: check_models(configuration(raw), options, allowed),
         lambda: check_data(configuration(raw), options),
     )

@@ -59,6 +59,7 @@ def check_models(
                 yield error(where, fault)
                 continue
         sliced = config.slices or any(m.slices for m in (config.modules or {}).values())
+        yield from _check_layers(config, entry, own)
         for key in _WIDTHS if sliced else _LAYERS + _WIDTHS:
             ours, theirs = _get(own, key), _get(base, key)
             if None not in (ours, theirs) and ours != theirs:
@@ -80,6 +81,21 @@ def check_models(
                 where, f"{model} has {ours} tokens, the base {theirs}; add "
                 "`tokenizer: {source: base}` to the configuration."
             )
+
+
+def _check_layers(
+    config: MergeConfiguration, entry: Input, own: PretrainedConfig
+) -> Iterator[Finding]:
+    """Slices of layers that a model of one stack of layers does not have."""
+    there = next((n for key in _LAYERS if (n := _get(own, key)) is not None), None)
+    for i, piece in enumerate(config.slices or []):
+        for source in piece.sources:
+            end = source.layer_range[1]
+            if source.model == entry.model and there is not None and end > there:
+                yield error(
+                    f"slices[{i}]", f"layer_range ends at {end}, and {entry.model} has {there} "
+                    "layers."
+                )
 
 
 def _get(config: PretrainedConfig, key: str) -> Any:
