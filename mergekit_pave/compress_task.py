@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_pave.calibration.model import ModelSource, empty_model
-from mergekit_pave.compressed import FORMAT, KIND, LORA, MODEL, Kept, checksum, pack
+from mergekit_pave.compressed import FORMAT, KIND, LORA, MODEL, Kept, pack
 from mergekit_pave.disk import to_disk
 from mergekit_pave.errors import PaveError
+from mergekit_pave.fingerprint import checksum
 from mergekit_pave.merging.tsv import kept_rank
 from mergekit_pave.model_folder import companions, copy_companions
 from mergekit_pave.store import MANIFEST, write_atomically

@@ -22,7 +22,6 @@ is their number, so that a square matrix may become factors with two tasks, too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from torch import Tensor
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.tsv import ROUNDING, Factors, factors
-from mergekit_pave.numeric import double
+from mergekit_pave.numeric import double, rounding
 from mergekit_pave.store import MANIFEST
 
 KIND = "mergekit-pave compressed model"
@@ -82,13 +81,6 @@ class Kept:
             raise ValueError(f"{self.how}, {self.dtype} and {self.file} do not fit together")
 
 
-def checksum(tensor: Tensor) -> str:
-    """sha256 of all of a tensor: its shape, its dtype and its values."""
-    state = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()
-
-
 def pack(
     tuned: Tensor, base: Tensor | None, count: int, dtype: torch.dtype
 ) -> tuple[str, dict[str, Tensor], tuple[float, float] | None]:
@@ -127,23 +119,25 @@ def _low_rank(tuned: Tensor, base: Tensor, count: int) -> tuple[Factors | None, 
     total = delta.square().sum().item()
     if not isfinite(total):
         raise ValueError("holds NaN or Inf")
-    if count > most and _exceeds(delta, most, total):
+    noise = rounding(base)
+    if count > most and _exceeds(delta, most, max(ROUNDING**2 * total, noise**2)):
         return None, total
     # One more than there may be tells whether there are more.
-    part = factors(delta, min(count, most + 1))
+    part = factors(delta, min(count, most + 1), noise)
     return (part if len(part.s) <= most else None), total
 
 
-def _exceeds(delta: Tensor, most: int, total: float) -> bool:
-    """Whether `delta` is certain to have more than `most` triples above rounding.
+def _exceeds(delta: Tensor, most: int, noise: float) -> bool:
+    """Whether `delta` is certain to have more than `most` triples of which the square is above
+    `noise`.
 
     Nearly every change of a full fine-tuning has, and need not be decomposed in vain after this
     look at a part of its columns: none of their singular values is larger than the matrix's own one
-    of the same number, and `total` is at least the square of the largest.
+    of the same number.
     """
     long = delta if delta.shape[0] > delta.shape[1] else delta.mT
     some = long[:, : most + 1]
-    return bool(torch.linalg.eigvalsh(some.mT @ some)[0] > ROUNDING**2 * total)
+    return bool(torch.linalg.eigvalsh(some.mT @ some)[0] > noise)
 
 
 def restore(

@@ -101,7 +101,7 @@ def fetch_store(
         PaveError: there is no complete store.
     """
     if os.path.exists(where) or where.startswith((".", "/", "~")):
-        return CovarianceStore(Path(where).expanduser())
+        return CovarianceStore(Path(os.path.expanduser(where)))
     repo, _, revision = where.partition("@")
     error: Exception | None = None
     for repo_type in ("dataset", "model"):

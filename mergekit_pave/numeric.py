@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
+
+# Importing mergekit brings up our methods, which need this module whole.
+if TYPE_CHECKING:
+    from mergekit.merge_methods import TensorGroup
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -20,6 +25,17 @@ def double(tensor: Tensor) -> Tensor:
     if tensor.device.type == "mps":
         tensor = tensor.cpu()
     return tensor.to(torch.float64)
+
+
+def rounding(weight: Tensor) -> float:
+    """The largest singular value that the rounding of a matrix (m, n) to float32 may have.
+
+    A task vector is a difference of such weights, however small it is itself: what lies below is
+    noise, also where the weights have been widened since.
+    """
+    spacing = torch.finfo(torch.float32).eps
+    size = torch.linalg.vector_norm(wide(weight)).item() / max(weight.numel(), 1) ** 0.5
+    return spacing * size * sum(side**0.5 for side in weight.shape)
 
 
 def cholesky(moment: Tensor) -> Tensor:
@@ -47,3 +63,14 @@ def check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
         raise PaveError(
             f"{name} of {model} holds NaN or Inf; download or save that checkpoint again."
         )
+
+
+def finite(merged: Tensor, group: TensorGroup) -> Tensor:
+    """`merged`; raises `PaveError` where it holds NaN or Inf, naming the model that brought it."""
+    if torch.isfinite(merged).all():
+        return merged
+    for entry in group.entries:
+        check_finite(entry.tensor, entry.id, group.metadata.name)
+    raise PaveError(
+        f"The merge of {group.metadata.name} holds NaN or Inf; lower the weights or lambda."
+    )

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from mergekit_pave.check.inputs import model_reference
 from mergekit_pave.check.models import read_config
-from mergekit_pave.compressed import MODEL, Compressed, checksum
+from mergekit_pave.compressed import MODEL, Compressed
 from mergekit_pave.errors import PaveError
+from mergekit_pave.fingerprint import checksum
 from mergekit_pave.locate import LoaderOptions, model_source
 from mergekit_pave.model_folder import appearing, companions, refuse_used
 

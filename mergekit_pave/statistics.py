@@ -33,6 +33,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions, fetch_store, model_source
 from mergekit_pave.numeric import wide
 from mergekit_pave.parameters import CALIBRATION, DATA_FREE
+from mergekit_pave.public import name_of
 from mergekit_pave.store import CovarianceStore, same_layer
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,7 @@ class Statistics:
                 config = model.config(trust_remote_code=self._options.trust_remote_code)
                 refuse_quantised(config, str(model))
                 layers = linear_layers(empty_model(config, self._options.trust_remote_code))
+                layers.warn(name_of(str(model)))
                 self._plain[model] = {
                     (key, tuple(module.weight.shape)): is_transposed(module)
                     for key, module in layers.modules.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import fingerprint
+from mergekit_pave.fingerprint import checksum
 from mergekit_pave.store import write_atomically
 from mergekit_pave.subspace import Tail
 
@@ -26,10 +27,8 @@ logger = logging.getLogger(__name__)
 
 def address(covariance: str, weight: Tensor, transposed: bool, damping: str) -> str:
     """Names a decomposition: what `Layer.identity` says, the weight's values, the damping."""
-    about = f"1|{covariance}|{tuple(weight.shape)}|{weight.dtype}|{transposed}|{damping}|"
-    state = hashlib.sha256(about.encode())
-    state.update(fingerprint(weight).numpy().tobytes())
-    return state.hexdigest()[:40]
+    about = f"2|{covariance}|{checksum(weight)}|{transposed}|{damping}"
+    return hashlib.sha256(about.encode()).hexdigest()[:40]
 
 
 def remembered(folder: Path, name: str, count: int, compute: Callable[[], Tail]) -> Tail:
@@ -44,7 +43,7 @@ def remembered(folder: Path, name: str, count: int, compute: Callable[[], Tail])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"basis": tail.basis.cpu().contiguous(), "values": tail.values.cpu()}
-        about = {"largest": repr(tail.largest), "route": tail.route}
+        about = {"largest": repr(tail.largest), "route": tail.route, "crc32": _crc32(tail.basis)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
     except (OSError, PaveError) as error:
         logger.info("The decomposition is not kept: %s", error)
@@ -58,9 +57,13 @@ def _read(path: Path, count: int) -> Tail | None:
             if len(values) < count:
                 return None
             about = file.metadata()
-            basis = file.get_tensor("basis")[:, :count]
-    except (OSError, SafetensorError, KeyError):
+            basis = file.get_tensor("basis")
+            if about["crc32"] != _crc32(basis) or not torch.isfinite(values).all():
+                return None
+            return Tail(basis[:, :count], values[:count], float(about["largest"]), about["route"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    if not torch.isfinite(values).all():
-        return None
-    return Tail(basis, values[:count], float(about["largest"]), about["route"])
+
+
+def _crc32(basis: Tensor) -> str:
+    return str(zlib.crc32(basis.cpu().contiguous().numpy()))

@@ -418,6 +418,13 @@ def test_fused_experts(texts, tmp_path, caplog):
 # --- the disk ------------------------------------------------------------------------------
 
 
+def test_a_home_that_nobody_has(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MERGEKIT_PAVE_CACHE", "~nobody-of-that-name/cache")
+    good["models"][0]["parameters"]["covariance"] = "~nobody-of-that-name/store"
+    assert "~nobody-of-that-name/store" in refused(good, tmp_path / "out")
+
+
 def test_cache_that_cannot_be_made(good, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "file" / "cache"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import CLASSES, make_family, write_texts, write_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -251,6 +252,10 @@ def test_cache_is_addressed_by_content(families, texts, tmp_path, monkeypatch):
     transformers.AutoModelForCausalLM.from_pretrained(paths["expert0"]).save_pretrained(copy)
     write_tokenizer(copy)
     assert folder(copy) == first and len(calls) == 4
+    state = load_file(copy / "model.safetensors")
+    state["model.embed_tokens.weight"][45:47] = 0  # a sample would not see it
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    assert folder(copy) != first
 
 
 def test_a_store_found_again_names_the_data_as_they_are_called_now(families, texts, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -535,3 +537,16 @@ def test_notes_are_provenance_without_text_or_local_folders(load, tmp_path, capl
         "chat_template": False}
     assert len(rows) == 64 and str(tmp_path) not in json.dumps(samples.notes)
     assert "First sample" in caplog.text and "w0" in caplog.text
+
+
+def test_a_file_that_another_was_copied_over_is_read_again(tmp_path, model):
+    """With its time of modification, as `cp -p` and `rsync -t` do."""
+    spec = CalibrationSpec(str(tmp_path / "rows.jsonl"), num_samples=4)
+    digests = set()
+    for word in ("w1", "w2"):
+        file = tmp_path / f"{word}.jsonl"
+        file.write_text(json.dumps({"text": f"{word} {word}"}) + "\n")
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        shutil.copy2(file, spec.dataset)
+        digests.add(load_samples(spec, model, llama()).digest)
+    assert len(digests) == 2

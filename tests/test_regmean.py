@@ -13,6 +13,7 @@ from test_merge import config_of, merge, papers_formula, tensors_of
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.regmean import flattened, regmean
+from mergekit_pave.numeric import rounding
 from mergekit_pave.plugin import shared_statistics
 
 
@@ -102,6 +103,20 @@ def test_flattening_keeps_directions_and_their_mean_strength():
     low_rank = (u[:, :2] * s[:2]) @ vh[:2]
     assert torch.linalg.matrix_rank(flattened(low_rank, 1.0), rtol=1e-6) == 2
     assert not flattened(torch.zeros(3, 4), 0.5).any()
+    assert flattened(delta, 0.5, 2 * s[0].item()) is delta  # nothing but noise
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("flattening", [0.5, 1.0])
+def test_flattening_raises_no_rounding(size, flattening):
+    """Of adapters that were merged into float32 weights."""
+    torch.manual_seed(5)
+    weight, delta = torch.randn(96, 128), torch.randn(96, 9).double() @ torch.randn(9, 128).double()
+    delta *= size * weight.norm() / delta.norm()
+    rounded = (weight + delta.float()).double() - weight.double()
+    wanted = flattened(delta, flattening)
+    found = flattened(rounded, flattening, rounding(weight))
+    assert (found - wanted).norm() < 1e-5 / size * wanted.norm()
 
 
 def test_averaging_goes_from_the_sum_to_regmean():
@@ -363,3 +378,20 @@ def test_more_layers_than_the_model_has(families, tmp_path):
     merged = merge(config, tmp_path / "out")
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.allclose(merged[name.format(3)], merged[name.format(1)])
+
+
+def test_fused_experts_are_named_without_data_too(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=94, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, intermediate_size=48, num_local_experts=4))
+    paths = {}
+    for name in ("base", "expert0", "expert1"):
+        paths[name] = tmp_path / name
+        model.save_pretrained(paths[name])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    merge(_config(paths, "tsv_regmean", ["none", "none"]), tmp_path / "out")
+    said = [record.getMessage() for record in caplog.records if "fused experts" in record.message]
+    assert len(said) == 2 and "expert0: 2 weights are merged plainly, e.g. model.layers" in said[0]

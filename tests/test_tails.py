@@ -37,6 +37,16 @@ def test_data_damping_and_weights_have_tails_of_their_own(families, texts, tmp_p
             merge(changed, tmp_path / "1")
 
 
+def test_a_few_other_values_are_another_weight():
+    weight = torch.ones(40, 60)  # 2400 values, of which a sample would look at 512
+    names = {tails.address("c", weight, False, "d")}
+    for row in range(40):
+        other = weight.clone()
+        other[row, 10:20] = 2
+        names.add(tails.address("c", other, False, "d"))
+    assert len(names) == 41
+
+
 @pytest.fixture
 def tail():
     return Tail(torch.eye(5, 3, dtype=torch.float64), torch.arange(3.0).double(), 7.5, "direct")
@@ -57,6 +67,15 @@ def test_a_damaged_file_is_computed_again(tmp_path, tail, content):
     file.write_bytes(content)
     assert tails.remembered(tmp_path, "ab", 3, lambda: tail) is tail
     assert tails.remembered(tmp_path, "ab", 3, None).route == "direct"
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, tail):
+    tails.remembered(tmp_path, "ab", 3, lambda: tail)
+    (file,) = tmp_path.glob("*/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert tails.remembered(tmp_path, "ab", 3, lambda: tail) is tail
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, tail, monkeypatch):

@@ -11,11 +11,13 @@ import torch
 import transformers
 from conftest import make_family
 from mergekit.merge_methods import TensorGroup, get, merge_tensors
+from safetensors.torch import save_file
 from test_merge import config_of, merge, tensors_of
 
 import mergekit_pave
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging import tsv
+from mergekit_pave.numeric import rounding
 
 mergekit_pave.register()
 
@@ -163,6 +165,59 @@ def test_what_is_only_rounding_turns_nothing_aside():
     part = tsv.factors(rounded[0] - base, 16)
     assert len(part.s) == 2 and part.u.shape == (48, 2) and part.v.shape == (32, 2)
     assert off(ours(base, rounded), base, exact) < 1e-5
+
+
+def _in_float32(weight, deltas):
+    return [(weight + delta.float()).double() - weight.double() for delta in deltas]
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_rounding_of_the_weights_is_no_direction(size):
+    """Truncated task vectors, and adapters, stored in float32: small beside their weights."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(192, 192, generator=generator)
+    deltas = []
+    for rank in (20, 48, 76):
+        part = torch.randn(192, rank, generator=generator).double() @ torch.randn(
+            rank, 192, generator=generator).double()
+        deltas.append(part / part.norm() * weight.norm() * size)
+    expected = tsv.merged_delta([tsv.factors(delta, 64) for delta in deltas])
+    parts = [tsv.factors(delta, 64, rounding(weight)) for delta in _in_float32(weight, deltas)]
+    assert [len(part.s) for part in parts] == [20, 48, 64]
+    assert (tsv.merged_delta(parts) - expected).norm() < 1e-5 / size * expected.norm()
+    models = [(weight.double() + delta).float() for delta in deltas]
+    found = ours(weight.double(), [m.double() for m in models]) - weight.double()
+    assert (found - expected).norm() < 2e-5 / size * expected.norm()
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2])
+def test_directions_that_tasks_share_stay_shared_in_float32(size):
+    """Adapters with one frozen A: nothing may leave its row space."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 128, generator=generator)
+    a = torch.randn(16, 128, generator=generator).double()
+    deltas = [torch.randn(128, 16, generator=generator).double() @ a for _ in range(2)]
+    deltas = [delta / delta.norm() * weight.norm() * size for delta in deltas]
+    expected = tsv.merged_delta([tsv.factors(delta, 16) for delta in deltas])
+    found = tsv.merged_delta([
+        tsv.factors(delta, 64, rounding(weight)) for delta in _in_float32(weight, deltas)])
+    assert (found - found @ torch.linalg.pinv(a) @ a).norm() < 1e-3 * found.norm()
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_broken_weights_outside_linear_layers_are_named(tmp_path, method, name):
+    paths = make_family(tmp_path, "llama")
+    state = tensors_of(paths["expert1"])
+    state[name].view(-1)[5] = float("nan")
+    save_file(state, paths["expert1"] / "model.safetensors", metadata={"format": "pt"})
+    shared = {} if method == "tsv_m" else {"calibration_dataset": "none"}
+    config = {"merge_method": method, "base_model": str(paths["base"]), "dtype": "float32",
+              "models": [{"model": str(paths[f"expert{i}"])} for i in range(2)],
+              "parameters": shared}
+    with pytest.raises(PaveError, match=f"{name} of .*expert1 holds NaN or Inf"):
+        merge(config, tmp_path / "out")
 
 
 def test_factors_are_the_leading_triples():

@@ -81,6 +81,15 @@ class LinearLayers:
     modules: dict[str, nn.Module]
     skipped: dict[str, str]
 
+    def warn(self, model: str) -> None:
+        """Of experts in one tensor, which a user takes for linear layers."""
+        fused = [name for name, reason in self.skipped.items() if reason.startswith("fused")]
+        if fused:
+            logger.warning(
+                "%s: %d weights are merged plainly, e.g. %s (%s).",
+                model, len(fused), fused[0], self.skipped[fused[0]],
+            )
+
 
 def linear_layers(model: PreTrainedModel) -> LinearLayers:
     """Split a model's linear layers into those to purify and those with a reason not to."""

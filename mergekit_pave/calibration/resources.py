@@ -65,12 +65,13 @@ def parse_bytes(name: str, text: str | None) -> int | None:
         return None
     try:
         return int(text) if text.isdigit() else convert_file_size_to_int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PaveError(f"{name} must be a size such as 8GiB or 500MB; got {text!r}.") from None
 
 
 def cache_folder() -> Path:
     """`MERGEKIT_PAVE_CACHE`, or `mergekit-pave` in the user's cache folder."""
     if own := os.environ.get("MERGEKIT_PAVE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergekit-pave"
+        return Path(os.path.expanduser(own))
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(caches)) / "mergekit-pave"

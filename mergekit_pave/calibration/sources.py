@@ -6,8 +6,10 @@ A source is a Hub id, one local file, a folder of data files, or a folder writte
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +96,7 @@ def open_source(spec: CalibrationSpec) -> Any:
 
 def local_path(source: str) -> Path | None:
     """The path that `source` means, whether or not it exists; `None` for a Hub id or a URL."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     looks_local = (
         source.startswith((".", "~", "/")) or path.is_absolute() or source.count("/") > 1
         or _builder(path) is not None or path.exists())
@@ -129,7 +131,18 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
         raise PaveError(f"calibration_dataset {spec.dataset!r} is an empty file; name one "
                         "with at least one row.")
     name, options = builder
-    return datasets.load_dataset(name, data_files=str(path), split=spec.split, **options)
+    return datasets.load_dataset(
+        name, data_files=str(path), split=spec.split, cache_dir=_rows_cache(path), **options)
+
+
+def _rows_cache(path: Path) -> str:
+    """Where `datasets` keeps the rows of a file: it would tell one that was copied over another
+    only by its time of modification, which may have been copied along."""
+    import datasets
+
+    about = path.stat()
+    name = hashlib.sha256(f"{about.st_ino}|{about.st_ctime_ns}|{about.st_size}".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "mergekit-pave" / name.hexdigest()[:16])
 
 
 def _open_saved(path: Path, spec: CalibrationSpec) -> Any:

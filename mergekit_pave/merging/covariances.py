@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.merging.planning import PlannedMethod
+from mergekit_pave.numeric import finite
 from mergekit_pave.statistics import Layer, Statistics
 
 
@@ -60,7 +61,7 @@ class CovarianceMethod(PlannedMethod):
                 if layer is not None:
                     layers[entry.id] = layer
         self.statistics.count("purified" if layers else "plain", group.metadata.name)
-        return self.merge_layers(group, layers, **parameters)
+        return finite(self.merge_layers(group, layers, **parameters), group)
 
     @abstractmethod
     def merge_layers(

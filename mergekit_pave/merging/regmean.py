@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.merging.covariances import CovarianceMethod
-from mergekit_pave.numeric import check_finite, cholesky, double, wide
+from mergekit_pave.numeric import check_finite, cholesky, double, rounding, wide
 from mergekit_pave.papers import REGMEAN
 from mergekit_pave.parameters import CALIBRATION, COVARIANCE, Parameter
 from mergekit_pave.separation import separate
@@ -58,7 +58,8 @@ PARAMETERS = (
               "how far the merged singular values are evened out: 0 not at all, 1 all are equal",
               gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
     Parameter("reduce_non_diagonal_ratio", float, 0.9, False,
-              "factor on the covariances off their diagonal, as in the paper (section 3.3)",
+              "factor on the covariances off their diagonal, as in the paper (section 3.3); 1 "
+              "wants data that use every direction of their layer's inputs",
               gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
 )
 
@@ -110,13 +111,17 @@ def regmean(
     return merged
 
 
-def flattened(delta: Tensor, flattening: float) -> Tensor:
-    """`U S^(1 - p) V^T` (out, in) with the mean singular value of `delta = U S V^T`."""
+def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
+    """`U S^(1 - p) V^T` (out, in) with the mean singular value of `delta = U S V^T`; what is not
+    above `noise` counts as 0."""
     if flattening == 0 or not delta.any():
         return delta
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     # Null directions stay null: S^0 would give them the strength of all others.
-    powers = torch.where(s > _NULL * s[0], s ** (1 - flattening), 0)
+    s = torch.where((s > _NULL * s[0]) & (s > noise), s, 0)
+    powers = torch.where(s > 0, s ** (1 - flattening), 0)
+    if not s.any():
+        return delta
     return (u * (powers * (s.mean() / powers.mean()))) @ vh
 
 
@@ -168,7 +173,7 @@ class RegMean(CovarianceMethod):
                     parameters["reduce_non_diagonal_ratio"],
                     parameters["averaging"],
                 )
-                delta = flattened(delta, parameters["flattening"])
+                delta = flattened(delta, parameters["flattening"], rounding(base))
             except (ValueError, torch.linalg.LinAlgError) as error:
                 raise PaveError(
                     f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."

@@ -37,19 +37,21 @@ from torch import Tensor
 
 from mergekit_pave.merging.covariances import is_matrix
 from mergekit_pave.merging.planning import PlannedMethod
-from mergekit_pave.numeric import check_finite, double, wide
+from mergekit_pave.numeric import check_finite, double, finite, rounding, wide
 from mergekit_pave.papers import TSV
 from mergekit_pave.parameters import Parameter
 from mergekit_pave.spec import spec_of
 
-# Relative to the largest singular value of a delta. Below are rounding errors of the weights (an
-# adapter that was merged into a weight has rank 16, the delta full rank): as directions with the
-# same rights as the others they would only turn those aside.
+# Relative to the largest singular value of a delta. Below are rounding errors (an adapter that was
+# merged into a weight in float32 has rank 16, the delta full rank): as directions with the same
+# rights as the others they would only turn those aside. `numeric.rounding` says the same of the
+# weights, and matters where a delta is small beside them.
 ROUNDING = 1e-5
 # Eigenvalue of a Gram matrix over its largest: above, its root has as many digits as an SVD's.
 WELL_CONDITIONED = 1e-7
-# Singular value of a stack over its largest: below, directions of two tasks are the same one.
-COINCIDENT = 1e-10
+# Singular value of a stack over its largest: below, directions of two tasks are the same one, as
+# exactly as float32 weights can have it.
+COINCIDENT = 1e-5
 
 
 # --- algebra -------------------------------------------------------------------------------
@@ -80,18 +82,18 @@ def kept_rank(shape: Sequence[int], tasks: int, fraction: float | None = None) -
     return max(1, count)
 
 
-def factors(delta: Tensor, count: int) -> Factors:
+def factors(delta: Tensor, count: int, noise: float = 0.0) -> Factors:
     """The leading singular triples of `delta` (out, in), at most `count`, in float64.
 
-    Triples below `ROUNDING` are left out; a delta of zeros has none.
+    Triples below `ROUNDING` or `noise` are left out; a delta of zeros has none.
     """
     d = double(delta)
     if d.shape[0] < d.shape[1]:
-        flipped = factors(d.mT, count)
+        flipped = factors(d.mT, count, noise)
         return Factors(flipped.v, flipped.s, flipped.u)
     values, v = torch.linalg.eigh(d.mT @ d)
     s = values.flip(0)[:count].clamp_min(0).sqrt()
-    s = s[s > ROUNDING * s[:1]]
+    s = s[(s > ROUNDING * s[:1]) & (s > noise)]
     v = v.flip(1)[:, : len(s)].contiguous()
     return Factors(d @ v / s, s, v)
 
@@ -190,8 +192,9 @@ class TaskSingularVectors(PlannedMethod):
         if not weights or base.numel() == 0:
             return base
         if is_matrix(group):
-            return _matrix(group, weights, parameters["rank_fraction"], parameters["lambda"])
-        return _mean(group, weights, parameters["lambda_other"])
+            merged = _matrix(group, weights, parameters["rank_fraction"], parameters["lambda"])
+            return finite(merged, group)
+        return finite(_mean(group, weights, parameters["lambda_other"]), group)
 
 
 def _matrix(
@@ -207,8 +210,10 @@ def _matrix(
     for entry in (group.base, *changed):
         check_finite(entry.tensor, entry.id, group.metadata.name)
     origin, count = double(base), kept_rank(base.shape, len(changed), fraction)
+    noise = rounding(base)
     parts = [
-        factors((double(entry.tensor) - origin) * weights[entry.id], count) for entry in changed
+        factors((double(entry.tensor) - origin) * weight, count, noise * abs(weight))
+        for entry in changed for weight in (weights[entry.id],)
     ]
     return torch.add(origin, merged_delta(parts), alpha=scale).to(base)
 
