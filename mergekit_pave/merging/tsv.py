@@ -50,8 +50,8 @@ ROUNDING = 1e-5
 # Eigenvalue of a Gram matrix over its largest: above, its root has as many digits as an SVD's.
 WELL_CONDITIONED = 1e-7
 # Singular value of a stack over its largest: below, directions of two tasks are the same one, as
-# exactly as float32 weights can have it.
-COINCIDENT = 1e-5
+# exactly as float32 can have it. (Real tasks' differ by anything above: 1e-5 would be too much.)
+COINCIDENT = 1e-7
 
 
 # --- algebra -------------------------------------------------------------------------------
@@ -65,11 +65,13 @@ class Factors:
         u: (out, k), orthonormal columns.
         s: (k,) descending.
         v: (in, k), orthonormal columns.
+        blur: by what angle the directions may be off, where the rest of the delta was noise.
     """
 
     u: Tensor
     s: Tensor
     v: Tensor
+    blur: float = 0.0
 
 
 def kept_rank(shape: Sequence[int], tasks: int, fraction: float | None = None) -> int:
@@ -90,35 +92,38 @@ def factors(delta: Tensor, count: int, noise: float = 0.0) -> Factors:
     d = double(delta)
     if d.shape[0] < d.shape[1]:
         flipped = factors(d.mT, count, noise)
-        return Factors(flipped.v, flipped.s, flipped.u)
+        return Factors(flipped.v, flipped.s, flipped.u, flipped.blur)
     values, v = torch.linalg.eigh(d.mT @ d)
     s = values.flip(0)[:count].clamp_min(0).sqrt()
-    s = s[(s > ROUNDING * s[:1]) & (s > noise)]
-    v = v.flip(1)[:, : len(s)].contiguous()
-    return Factors(d @ v / s, s, v)
+    there = s[(s > ROUNDING * s[:1]) & (s > noise)]
+    blur = noise / there[-1].item() if 0 < len(there) < len(s) else 0.0
+    v = v.flip(1)[:, : len(there)].contiguous()
+    return Factors(d @ v / there, there, v, blur)
 
 
-def polar(x: Tensor) -> Tensor:
+def polar(x: Tensor, blur: float = 0.0) -> Tensor:
     """(n, p) float64: `U V^T` of the singular value decomposition of `x`, Procrustes' solution.
 
     Where the columns of `x` are dependent (tasks with the same directions, or more columns than
     rows) the nearest orthonormal matrix is not unique. The null directions then stay zero
     instead of being filled arbitrarily: what tasks have in common is shared out among them, and
-    nothing that none of them has is added.
+    nothing that none of them has is added. Those that differ by less than `blur` are the same, too.
     """
     flat = x.shape[0] < x.shape[1]
     values, q = torch.linalg.eigh(x @ x.mT if flat else x.mT @ x)
-    if values[0] > WELL_CONDITIONED * values[-1]:
+    if values[0] > max(WELL_CONDITIONED, blur**2) * values[-1]:
         root = (q * values.rsqrt()) @ q.mT
         return root @ x if flat else x @ root
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    keep = s > COINCIDENT * s[0]
+    keep = s > max(COINCIDENT, blur) * s[0]
     return u[:, keep] @ vh[keep]
 
 
 def merged_delta(parts: Sequence[Factors]) -> Tensor:
     """(out, in) float64 `U' S V'^T` (section 4.2); the order of the tasks does not matter."""
-    u, v = (polar(torch.cat(side, 1)) for side in ([p.u for p in parts], [p.v for p in parts]))
+    blur = max(part.blur for part in parts)
+    u, v = (
+        polar(torch.cat(side, 1), blur) for side in ([p.u for p in parts], [p.v for p in parts]))
     return (u * torch.cat([p.s for p in parts])) @ v.mT
 
 
