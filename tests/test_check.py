@@ -244,6 +244,13 @@ def test_slices_with_unequal_ranges(good):
     assert found[0].startswith("slices[1]: ") and "make the ranges equal" in found[0]
 
 
+@pytest.mark.parametrize("place", ["base_model", "models.1.model"])
+def test_one_folder_under_two_names(good, tmp_path, place):
+    (tmp_path / "link").symlink_to(good["models"][0]["model"])
+    found = errors(change(good, place, str(tmp_path / "link")))
+    assert found and found[0].startswith("models: ") and "are the same; write both" in found[0]
+
+
 @pytest.mark.parametrize(("part", "words"), [
     ((0, 5), "slices[0]: layer_range ends at 5, and "),
     ((-1, 1), "slices[0]: layer_range [-1, 1] holds no layers"),

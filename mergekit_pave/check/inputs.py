@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,6 +255,12 @@ def _check_group(
     if not others:
         yield error(where, "holds no fine-tuned model beside the base; add one.")
         return
+    folders: dict[tuple[str, ...], ModelReference] = {}
+    for model in dict.fromkeys([base, *models]):
+        first = folders.setdefault(_place(model), model)
+        if first != model:
+            yield error(where, f"{model} and {first} are the same; write both alike or remove one.")
+            return
     # mergekit adds a base that `models` leaves out, but not to the sources of a slice.
     ids = models if where.endswith("]") else [base, *others]
     if base not in ids:
@@ -263,6 +270,13 @@ def _check_group(
         method.spec.contract.validate_ids(ids, base)
     except ValueError as fault:
         yield error(where, f"{method.spec.name}: {fault} (the base included).")
+
+
+def _place(model: ModelReference) -> tuple[str, ...]:
+    """What tells models apart: a folder wherever its path leads, or a name."""
+    parts = [part for part in (model.model, model.lora) if part]
+    return tuple(
+        os.path.realpath(part.path) if os.path.isdir(part.path) else str(part) for part in parts)
 
 
 def _check_weights(where: str, entries: Sequence[Input]) -> Iterator[Finding]:
