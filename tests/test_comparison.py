@@ -231,6 +231,12 @@ def test_a_run_writes_everything_and_a_second_one_merges_nothing(toy, tmp_path):
     assert scores["base"] == pytest.approx(0) and scores["experts"] == pytest.approx(1)
     assert 0 < scores["average"] < scores["emr"] < 1
     assert len(results["ablations"]) == len(ablations) == 10
+    spaces = {a["curve"]: a for a in results["ablations"] if a["value"] == 0.9}
+    assert "over_covariance" not in spaces["subspace covariance at ratio"]
+    for space in ("svd", "random"):
+        record = spaces[f"subspace {space} at ratio"]
+        gap = record["score"]["value"] - spaces["subspace covariance at ratio"]["score"]["value"]
+        assert record["over_covariance"]["value"] == pytest.approx(gap)
     of_twin = results["ablations"][-1]
     assert of_twin["curve"] == "strength" and "over_twin" in of_twin
     assert yaml.safe_load(of_twin["yaml"])["parameters"]["lambda"] == (

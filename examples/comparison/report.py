@@ -101,6 +101,7 @@ def ablation_records(comparison: Comparison) -> list[Record]:
             "over_parent": drawn.difference(ablation.name, ablation.parent).as_dict(),
             "parent_score": drawn.score(ablation.parent).as_dict(),
             **_over_twin(comparison, drawn, ablation),
+            **_over_covariance(comparison, drawn, ablation),
             "seeds": comparison.seeds[:1],
             "yaml": text(tested.method, config),
         })
@@ -159,6 +160,18 @@ def _over_twin(comparison: Comparison, drawn: Bootstrap, ablation: Ablation) -> 
     return {"over_twin": drawn.difference(ablation.name, twin).as_dict()}
 
 
+def _over_covariance(comparison: Comparison, drawn: Bootstrap, ablation: Ablation) -> Record:
+    """Of directions chosen otherwise, at the same ratio."""
+    same = [
+        other.name for other, _ in comparison.ablated
+        if (other.parent, other.value) == (ablation.parent, ablation.value)
+        and other.curve == "subspace covariance at ratio"
+    ]
+    if not same or same[0] == ablation.name or not ablation.curve.startswith("subspace "):
+        return {}
+    return {"over_covariance": drawn.difference(ablation.name, same[0]).as_dict()}
+
+
 def _ablation_table(records: list[Record]) -> str:
     if not records:
         return ""
@@ -196,7 +209,8 @@ def _plain(value: float | None) -> str:
 
 
 def _write_csv(file: Path, records: list[Record], tasks: tuple[str, ...]) -> None:
-    intervals = ("score", "over_twin", "over_best_plain", "over_parent", "exact", "exact_over_twin")
+    intervals = ("score", "over_twin", "over_best_plain", "over_parent", "over_covariance", "exact",
+                 "exact_over_twin")
     header = ["name", "group", "strength", "ratio", "validation", *tasks]
     header += [f"{key}{end}" for key in intervals for end in ("", "_low", "_high")]
     with open(file, "w", newline="") as opened:
