@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelPath, ModelReference, dtype_from_name
+from mergekit.common import dtype_from_name
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +27,7 @@ from mergekit_pave.compressed import FORMAT, KIND, LORA, MODEL, Kept, pack
 from mergekit_pave.disk import to_disk
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import checksum
+from mergekit_pave.locate import tokenizer_folder
 from mergekit_pave.merging.tsv import kept_rank
 from mergekit_pave.model_folder import companions, copy_companions
 from mergekit_pave.store import MANIFEST, write_atomically
@@ -204,8 +205,8 @@ def _companions(model: ModelSource) -> dict[str, Path]:
     found = companions(Path(model.path))
     if any("tokenizer" in name for name in found):
         return found
-    path = ModelPath(path=model.tokenizer, revision=model.revision)
-    return companions(Path(ModelReference(model=path).local_path(model.cache_dir))) | found
+    folder = tokenizer_folder(model)
+    return companions(folder) | found if folder else found
 
 
 def _name(dtype: torch.dtype) -> str:

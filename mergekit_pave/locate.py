@@ -87,6 +87,15 @@ def _has_tokenizer(adapter: ModelPath, options: LoaderOptions) -> bool:
     return True
 
 
+def tokenizer_folder(source: ModelSource) -> Path | None:
+    """Where the tokenizer of a model lies on this machine; `None` where it cannot be had."""
+    path = ModelPath(path=source.tokenizer, revision=source.revision)
+    try:
+        return Path(ModelReference(model=path).local_path(source.cache_dir))
+    except _NOT_THERE:
+        return None
+
+
 def fetch_store(
     where: str, options: LoaderOptions, covariances: bool = True
 ) -> CovarianceStore:
