@@ -31,7 +31,7 @@ from mergekit_pave.parameters import DATA_FREE, DEFAULT_DAMPENING, DEFAULT_RATIO
 from mergekit_pave.plugin import register
 from mergekit_pave.store import write_atomically
 
-CARD, CONFIGURATION = "README.md", "mergekit_config.yml"
+CARD = "README.md"
 # Of `mergekit-pave report`, written into the model's folder or one inside it.
 FIGURES = ("figures/spectra.png", "report/figures/spectra.png")
 TAGS = ("mergekit", "merge")
@@ -59,7 +59,7 @@ def write_card(folder: Path | str) -> str:
     """
     register()
     folder = Path(folder)
-    card_text, source = (_read(folder, name) for name in (CARD, CONFIGURATION))
+    card_text, source = (_read(folder, name) for name in (CARD, record.CONFIGURATION))
     raw = _parse(folder, source)
     config = configuration(raw)
     if not is_ours(config.merge_method):
@@ -81,7 +81,8 @@ def write_card(folder: Path | str) -> str:
     # First, because it cannot be found out again once the configuration has lost its paths.
     if not known:
         record.write(folder, facts)
-    write_atomically(folder / CONFIGURATION, lambda path: path.write_text(clean_source, "utf-8"))
+    source_file = folder / record.CONFIGURATION
+    write_atomically(source_file, lambda path: path.write_text(clean_source, "utf-8"))
     write_atomically(folder / CARD, lambda path: path.write_text(text, "utf-8"))
     return text
 
@@ -102,9 +103,9 @@ def _parse(folder: Path, source: str) -> Any:
     try:
         raw = yaml.safe_load(source)
     except yaml.YAMLError as error:
-        raise PaveError(f"{folder / CONFIGURATION} is not YAML: {error}") from error
+        raise PaveError(f"{folder / record.CONFIGURATION} is not YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise PaveError(f"{folder / CONFIGURATION} holds no merge configuration.")
+        raise PaveError(f"{folder / record.CONFIGURATION} holds no merge configuration.")
     return raw
 
 
@@ -355,5 +356,5 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
         write_card(folder)
         click.echo(
             f"{Path(folder) / CARD}: complete; no local path of the merge is left in it and in "
-            f"{CONFIGURATION}."
+            f"{record.CONFIGURATION}."
         )

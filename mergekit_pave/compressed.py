@@ -124,7 +124,7 @@ def _low_rank(tuned: Tensor, base: Tensor, count: int) -> tuple[Factors | None, 
         return None, total
     # One more than there may be tells whether there are more.
     part = factors(delta, min(count, most + 1), noise)
-    return (part if len(part.s) <= most else None), total
+    return (part if 0 < len(part.s) <= most else None), total
 
 
 def _exceeds(delta: Tensor, most: int, noise: float) -> bool:
@@ -182,6 +182,8 @@ class Compressed:
             )
         try:
             self.base: dict[str, str | None] = {k: manifest["base"][k] for k in ("id", "hub")}
+            if not (self.folder / MODEL / "config.json").is_file():
+                raise ValueError(f"no {MODEL}/config.json")
             self.tensors = {name: Kept(**kept) for name, kept in manifest["tensors"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"{MANIFEST}: {error!r}") from error

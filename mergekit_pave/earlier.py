@@ -25,7 +25,6 @@ _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?"
 )
 _ASIDE = ".earlier-merge"
-_CONFIGURATION = "mergekit_config.yml"  # mergekit writes it beside a merge
 
 Seen = dict[str, tuple[int, int, int]]
 
@@ -68,7 +67,7 @@ def _remove_if_empty(folder: Path) -> None:
 def replaced(out_path: Path | str) -> Iterator[None]:
     """Weight files of an earlier merge are gone when the merge inside has ended well."""
     out = Path(out_path)
-    before, merged = _weights(out), (out / _CONFIGURATION).is_file()
+    before, merged = _weights(out), (out / record.CONFIGURATION).is_file()
     yield
     after = _weights(out)
     left = [out / name for name, seen in before.items() if after.get(name) == seen]

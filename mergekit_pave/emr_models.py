@@ -33,9 +33,8 @@ from mergekit_pave.locate import LoaderOptions, model_source
 from mergekit_pave.merging.emr import Sums, scale, task_weight
 from mergekit_pave.model_folder import appearing, companions, refuse_used
 from mergekit_pave.public import is_local
+from mergekit_pave.record import CONFIGURATION
 from mergekit_pave.task_masks import RESCALERS, Masked, TaskMasks, identity
-
-_CONFIGURATION = "mergekit_config.yml"
 
 
 def load_task_model(
@@ -191,7 +190,7 @@ def _base_folder(
 def _configured_base(merged: Path) -> ModelReference | None:
     """The base in the configuration beside the model, where it still is a folder."""
     try:
-        base = configuration(read_yaml((merged / _CONFIGURATION).read_text("utf-8"))).base_model
+        base = configuration(read_yaml((merged / CONFIGURATION).read_text("utf-8"))).base_model
     except (OSError, ValueError, PaveError):
         return None
     return base if base and os.path.isdir(base.model.path) else None

@@ -24,7 +24,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.locate import LoaderOptions
 from mergekit_pave.merging.covariances import CovarianceMethod, is_matrix, layer_of
 from mergekit_pave.merging.planning import PlannedMethod
-from mergekit_pave.numeric import check_finite, wide
+from mergekit_pave.numeric import check_finite, finite, wide
 from mergekit_pave.papers import PAVE
 from mergekit_pave.parameters import PARAMETERS
 from mergekit_pave.purification import Participant, separated, truncated
@@ -98,7 +98,7 @@ class PaveMerge(PlannedMethod):
         else:
             (merged,) = self.inner((purified,), parameters=inner)
         if purified is group:
-            return merged
+            return finite(merged, group)
         merged = merged.to(group.entries[0].tensor.dtype)
         if not torch.isfinite(merged).all():
             raise PaveError(

@@ -41,6 +41,7 @@ from mergekit_pave.public import is_local, name_of
 from mergekit_pave.store import MANIFEST, CovarianceStore, write_atomically
 
 NAME = "pave_report.json"
+CONFIGURATION = "mergekit_config.yml"  # mergekit's own, beside it
 KIND = "mergekit-pave merge report"
 FORMAT = 1
 

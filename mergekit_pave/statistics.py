@@ -27,6 +27,7 @@ from mergekit_pave.calibration.model import (
     is_transposed,
     linear_layers,
     refuse_quantised,
+    warn_of_unseen,
 )
 from mergekit_pave.calibration.run import Resources, cached_store
 from mergekit_pave.errors import PaveError
@@ -259,7 +260,7 @@ class Statistics:
                 config = model.config(trust_remote_code=self._options.trust_remote_code)
                 refuse_quantised(config, str(model))
                 layers = linear_layers(empty_model(config, self._options.trust_remote_code))
-                layers.warn(name_of(str(model)))
+                warn_of_unseen(name_of(str(model)), layers.skipped)
                 self._plain[model] = {
                     (key, tuple(module.weight.shape)): is_transposed(module)
                     for key, module in layers.modules.items()

@@ -14,7 +14,6 @@ folder is published with the model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import zlib
@@ -34,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.fingerprint import checksum
 from mergekit_pave.public import is_local, name_of
 from mergekit_pave.store import MANIFEST, write_atomically
 
@@ -107,9 +107,7 @@ class Masked:
 
 def identity(tensor: Tensor) -> str:
     """sha256 of a tensor's shape and its values in float32; the same in any wider dtype."""
-    state = hashlib.sha256(str(tuple(tensor.shape)).encode())
-    state.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
-    return state.hexdigest()
+    return checksum(tensor.to(torch.float32))
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -510,6 +510,18 @@ def test_a_base_that_differs_in_a_few_rows_is_another(families, tmp_path):
         reconstruct(tmp_path / "c" / "expert0", tmp_path / "m", base=str(other))
 
 
+def test_a_change_of_one_rounding_is_kept(families, tmp_path):
+    paths = dict(families("llama"))
+    paths["expert0"] = shutil.copytree(paths["base"], tmp_path / "nudged")
+    state = tensors_of(paths["expert0"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name][:, 3] = torch.nextafter(state[name][:, 3], torch.tensor(9.0))
+    save_file(state, paths["expert0"] / "model.safetensors", metadata={"format": "pt"})
+    compress(raw(paths), tmp_path / "c")
+    reconstruct(tmp_path / "c" / "nudged", tmp_path / "m", base=str(paths["base"]))
+    assert torch.equal(tensors_of(tmp_path / "m")[name], state[name])
+
+
 def test_a_merged_adapter_has_its_tokenizer(families, tmp_path):
     """mergekit's copy of model and adapter has none."""
     paths = dict(families("llama"))
@@ -595,7 +607,7 @@ def test_reconstruction_needs_the_very_base(families, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    "cut", "gone", "manifest", "kind", "format", "how", "dtype", "file", "outside"])
+    "cut", "gone", "model", "manifest", "kind", "format", "how", "dtype", "file", "outside"])
 def test_damage_is_named(families, tmp_path, damage):
     paths = families("llama")
     compress(raw(paths), tmp_path / "c")
@@ -604,6 +616,8 @@ def test_damage_is_named(families, tmp_path, damage):
     words = "is damaged .*; compress again"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "model":
+        shutil.rmtree(task / "model")
     elif damage == "gone":
         file.unlink()
     elif damage == "manifest":

@@ -205,7 +205,20 @@ def test_directions_that_tasks_share_stay_shared_in_float32(size):
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean"])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 32), (32, 48)])
+def test_a_change_of_one_rounding_is_none(shape):
+    base = draw(*shape)
+    nudged = base.clone()
+    nudged[3, 4] = torch.nextafter(nudged[3, 4], torch.tensor(9.0))
+    assert not torch.equal(base, nudged)
+    assert torch.equal(ours(base, [nudged]), base)
+    changed = base + draw(*shape, seed=1)
+    alone = ours(base, [changed], rank_fraction=0.5)
+    torch.testing.assert_close(ours(base, [nudged, changed], rank_fraction=0.5), alone)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean", "pave_regmean",
+                                    "pave_tsv_m"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_broken_weights_outside_linear_layers_are_named(tmp_path, method, name):
     paths = make_family(tmp_path, "llama")

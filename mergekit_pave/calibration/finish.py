@@ -11,7 +11,12 @@ from torch import nn
 
 from mergekit_pave.calibration.collect import SitePlan
 from mergekit_pave.calibration.data import Samples
-from mergekit_pave.calibration.model import LinearLayers, ModelSource, is_transposed
+from mergekit_pave.calibration.model import (
+    LinearLayers,
+    ModelSource,
+    is_transposed,
+    warn_of_unseen,
+)
 from mergekit_pave.errors import PaveError
 from mergekit_pave.fingerprint import fingerprint
 from mergekit_pave.store import CovarianceStore, StoreWriter, Weight
@@ -75,12 +80,7 @@ def culprit(source: ModelSource) -> str | None:
 
 
 def _warn_about(source: ModelSource, writer: StoreWriter, skipped: dict[str, str]) -> None:
-    unseen = [name for name, reason in skipped.items() if reason.startswith(("its", "fused"))]
-    if unseen:
-        logger.warning(
-            "%s: %d weights cannot be purified and keep the plain task vector, e.g. %s (%s).",
-            source.label, len(unseen), unseen[0], skipped[unseen[0]],
-        )
+    warn_of_unseen(source.label, skipped)
     short = [(s.count / s.width, name) for name, s in writer.sites.items() if s.count < s.width]
     if short:
         ratio, name = min(short)

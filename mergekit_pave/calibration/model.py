@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,15 @@ class LinearLayers:
     modules: dict[str, nn.Module]
     skipped: dict[str, str]
 
-    def warn(self, model: str) -> None:
-        """Of experts in one tensor, which a user takes for linear layers."""
-        fused = [name for name, reason in self.skipped.items() if reason.startswith("fused")]
-        if fused:
-            logger.warning(
-                "%s: %d weights are merged plainly, e.g. %s (%s).",
-                model, len(fused), fused[0], self.skipped[fused[0]],
-            )
+
+def warn_of_unseen(model: str, skipped: Mapping[str, str]) -> None:
+    """Of weights that a user takes for those of linear layers, and that have no covariance."""
+    unseen = [name for name, reason in skipped.items() if reason.startswith(("its", "fused"))]
+    if unseen:
+        logger.warning(
+            "%s: %d weights cannot be purified and keep the plain task vector, e.g. %s (%s).",
+            model, len(unseen), unseen[0], skipped[unseen[0]],
+        )
 
 
 def linear_layers(model: PreTrainedModel) -> LinearLayers:

@@ -364,3 +364,9 @@ def _check_slices(config: MergeConfiguration) -> Iterator[Finding]:
                     f"{where}[{i}]", "its sources have different layer_range: a task vector "
                     "needs the same layer of model and base; make the ranges equal."
                 )
+            for first, end in sorted({tuple(source.layer_range) for source in piece.sources}):
+                if not 0 <= first < end:
+                    yield error(
+                        f"{where}[{i}]", f"layer_range {[first, end]} holds no layers: give the "
+                        "first, from 0, and the one after the last."
+                    )

@@ -94,7 +94,7 @@ def _check_layers(
             if source.model == entry.model and there is not None and end > there:
                 yield error(
                     f"slices[{i}]", f"layer_range ends at {end}, and {entry.model} has {there} "
-                    "layers."
+                    f"layers; end it at {there} at most."
                 )
 
 

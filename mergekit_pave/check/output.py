@@ -16,7 +16,7 @@ _SHORTEST = 20
 
 
 def check_output(config: MergeConfiguration) -> Iterator[Finding]:
-    """Dtypes, the chat template, and ranges of layers that are empty."""
+    """Dtypes and the chat template."""
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
         if name and name.removeprefix("torch.") not in DTYPES:
@@ -29,17 +29,6 @@ def check_output(config: MergeConfiguration) -> Iterator[Finding]:
             "chat_template", f"{template!r} is neither a template nor the name of one; "
             f"{suggestion(template, ['auto', *names])}"
         )
-    pieces = [("slices", config.slices or [])]
-    pieces += [(f"modules.{n}.slices", m.slices or []) for n, m in (config.modules or {}).items()]
-    for where, slices in pieces:
-        for i, piece in enumerate(slices):
-            for source in piece.sources:
-                first, end = source.layer_range
-                if not 0 <= first < end:
-                    yield error(
-                        f"{where}[{i}]", f"layer_range {[first, end]} holds no layers: give the "
-                        "first, from 0, and the one after the last."
-                    )
 
 
 def _is_template(text: str) -> bool:

@@ -119,9 +119,9 @@ def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     # Null directions stay null: S^0 would give them the strength of all others.
     s = torch.where((s > _NULL * s[0]) & (s > noise), s, 0)
-    powers = torch.where(s > 0, s ** (1 - flattening), 0)
     if not s.any():
         return delta
+    powers = torch.where(s > 0, s ** (1 - flattening), 0)
     return (u * (powers * (s.mean() / powers.mean()))) @ vh
 
 

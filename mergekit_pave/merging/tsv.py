@@ -50,7 +50,7 @@ ROUNDING = 1e-5
 # Eigenvalue of a Gram matrix over its largest: above, its root has as many digits as an SVD's.
 WELL_CONDITIONED = 1e-7
 # Singular value of a stack over its largest: below, directions of two tasks are the same one, as
-# exactly as float32 can have it. (Real tasks' differ by anything above: 1e-5 would be too much.)
+# exactly as float32 can have it. No higher: directions of real tasks come close to each other.
 COINCIDENT = 1e-7
 
 
@@ -121,6 +121,8 @@ def polar(x: Tensor, blur: float = 0.0) -> Tensor:
 
 def merged_delta(parts: Sequence[Factors]) -> Tensor:
     """(out, in) float64 `U' S V'^T` (section 4.2); the order of the tasks does not matter."""
+    if not any(len(part.s) for part in parts):  # no change is more than rounding
+        return parts[0].u.new_zeros(len(parts[0].u), len(parts[0].v))
     blur = max(part.blur for part in parts)
     u, v = (
         polar(torch.cat(side, 1), blur) for side in ([p.u for p in parts], [p.v for p in parts]))
