@@ -1,5 +1,7 @@
 """The one exception users meet."""
 
+from __future__ import annotations
+
 import click
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_pave.allocation import allocate, cap
+from mergekit_pave.algebra.allocation import allocate, cap
 
 ratios = st.one_of(st.floats(0.01, 1), st.sampled_from([0.5, 0.75, 0.875, 0.9, 0.98, 1.0]))
 

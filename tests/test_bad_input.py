@@ -24,11 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mergekit_pave import cli, plugin
-from mergekit_pave.calibration.data import CalibrationSpec
-from mergekit_pave.calibration.model import ModelSource
-from mergekit_pave.calibration.run import Resources, calibrate_to
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.run import calibrate_to
 from mergekit_pave.errors import PaveError
-from mergekit_pave.store import MANIFEST, CovarianceStore
+from mergekit_pave.models.source import ModelSource
+from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore
 
 
 def merge(raw: dict, out: Path, **options) -> dict[str, torch.Tensor]:
@@ -439,7 +440,7 @@ def test_cache_that_cannot_be_written(good, tmp_path, monkeypatch):
         def __init__(self, path):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("mergekit_pave.calibration.folders.FileLock", Denied)
+    monkeypatch.setattr("mergekit_pave.storage.files.FileLock", Denied)
     text = refused(good, tmp_path / "out")
     assert "Permission denied" in text and "MERGEKIT_PAVE_CACHE" in text
 
@@ -461,7 +462,7 @@ def test_disk_full(good, tmp_path, monkeypatch, error, files):
         written.append(path)
         return save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr("mergekit_pave.store.save_file", save)
+    monkeypatch.setattr("mergekit_pave.storage.covariances.save_file", save)
     monkeypatch.setenv("MERGEKIT_PAVE_STATISTICS_MEMORY", "16000")
     good["parameters"]["num_calibration_samples"] = 4
     text = refused(good, tmp_path / "out")
@@ -483,7 +484,7 @@ def test_disk_full_for_a_small_file(good, tmp_path, monkeypatch, name):
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(source, target)
 
-    monkeypatch.setattr("mergekit_pave.store.os.replace", full)
+    monkeypatch.setattr("mergekit_pave.storage.files.os.replace", full)
     text = refused(good, tmp_path / "out")
     assert name in text and "No space left on device" in text
     assert not list((tmp_path / "cache").rglob(MANIFEST))

@@ -15,7 +15,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_pave.algebra.second_moment import SecondMoment, fold, unfold
 from mergekit_pave.calibration import run as calibration_run
+from mergekit_pave.calibration import stores
 from mergekit_pave.calibration.collect import (
     NotFinite,
     SitePlan,
@@ -23,12 +25,15 @@ from mergekit_pave.calibration.collect import (
     plan_sites,
     windows,
 )
-from mergekit_pave.calibration.data import CalibrationSpec, load_samples
-from mergekit_pave.calibration.model import ModelSource, linear_layers, load_model
-from mergekit_pave.calibration.run import Resources, cached_store, calibrate_to
-from mergekit_pave.covariance import SecondMoment, fold, unfold
+from mergekit_pave.calibration.load import Resources, load_model
+from mergekit_pave.calibration.run import calibrate_to
+from mergekit_pave.calibration.samples import load_samples
+from mergekit_pave.calibration.stores import cached_store
 from mergekit_pave.errors import PaveError
-from mergekit_pave.store import MANIFEST
+from mergekit_pave.models.layers import linear_layers
+from mergekit_pave.models.source import ModelSource
+from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.storage.covariances import MANIFEST
 
 
 def source_of(path: Path) -> ModelSource:
@@ -237,8 +242,8 @@ def test_windows_fit_the_budget():
 def test_cache_is_addressed_by_content(families, texts, tmp_path, monkeypatch):
     paths = families("llama")
     calls = []
-    real = calibration_run.calibrate
-    monkeypatch.setattr(calibration_run, "calibrate", lambda *a: calls.append(a) or real(*a))
+    real = stores.calibrate
+    monkeypatch.setattr(stores, "calibrate", lambda *a: calls.append(a) or real(*a))
 
     def folder(path, **changes):
         return cached_store(source_of(path), spec_of(texts[0], **changes), Resources()).folder
@@ -273,7 +278,7 @@ def test_a_store_found_again_names_the_data_as_they_are_called_now(families, tex
 def test_an_interrupted_calibration_is_resumed(families, texts, tmp_path, monkeypatch):
     source, spec = source_of(families("llama")["expert0"]), spec_of(texts[0])
     whole = calibrate_to(source, spec, tmp_path / "whole", Resources(statistics_memory=1))
-    real, done = calibration_run.collect_window, []
+    real, done = collect_window, []
 
     def interrupted(*args):
         if len(done) == 3:

@@ -19,14 +19,20 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get
 
-from mergekit_pave import merging, papers, public, record
-from mergekit_pave.calibration.data import CalibrationSpec
-from mergekit_pave.calibration.run import Resources, cached_store
-from mergekit_pave.card import BEGIN, card_command, write_card
+from mergekit_pave import methods as merging
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.stores import cached_store
+from mergekit_pave.cli.folders import card_command
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions, model_source
+from mergekit_pave.methods.base import ABOUT
+from mergekit_pave.models.names import name_of
+from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import register
-from mergekit_pave.store import CovarianceStore, StoreWriter, Weight
+from mergekit_pave.publish import record
+from mergekit_pave.publish import scrub as public
+from mergekit_pave.publish.card import BEGIN, write_card
+from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.storage.covariances import CovarianceStore, StoreWriter, Weight
 
 register()
 
@@ -312,8 +318,8 @@ parameters: {parameters}
 
 def test_every_method_of_ours_has_its_words():
     ours = {method.spec.name for method in merging.methods(None)}
-    assert ours == set(papers.ABOUT) == set(PAPERS)
-    for name, about in papers.ABOUT.items():
+    assert ours == set(ABOUT) == set(PAPERS)
+    for name, about in ABOUT.items():
         assert [paper.arxiv for paper in about.papers] == PAPERS[name]
         assert get(name).spec.reference_url == about.papers[0].url
 
@@ -436,8 +442,8 @@ def test_command(tmp_path):
     ("/models/123", "./123"),
 ])
 def test_public_names(path, name):
-    assert public.name_of(path) == name
-    assert public.name_of(name) == name
+    assert name_of(path) == name
+    assert name_of(name) == name
 
 
 LINKS = """\

@@ -12,11 +12,13 @@ import yaml
 from conftest import recipe, write_images
 from mergekit.config import MergeConfiguration
 
-from mergekit_pave.calibration.model import ModelSource
-from mergekit_pave.check import Allowances, check, looks_like_ours, preflight, read_yaml
+from mergekit_pave.check import check, preflight
+from mergekit_pave.check.models import Allowances
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.plugin import register
+from mergekit_pave.recipe.reading import read_yaml
+from mergekit_pave.recipe.spelling import looks_like_ours
 
 register()
 OPTIONS = LoaderOptions()

@@ -16,8 +16,9 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_pave import cli
-from mergekit_pave.parameters import CALIBRATION
-from mergekit_pave.store import MANIFEST, CovarianceStore
+from mergekit_pave.calibration.collect import collect_window
+from mergekit_pave.recipe.parameters import CALIBRATION
+from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore
 
 
 def invoke(*arguments) -> tuple[int, str, str]:
@@ -220,7 +221,7 @@ def cli_calls(monkeypatch, stop_at: int | None = None) -> list:
     """Records the windows collected; interrupts, as Ctrl-C does, at window `stop_at`."""
     from mergekit_pave.calibration import run
 
-    calls, collect = [], run.collect_window
+    calls, collect = [], collect_window
 
     def recorded(*arguments):
         calls.append(arguments[2])

@@ -27,8 +27,9 @@ import report  # noqa: E402
 import search  # noqa: E402
 
 import mergekit_pave  # noqa: E402
-from mergekit_pave.check import check, is_ours  # noqa: E402
-from mergekit_pave.locate import LoaderOptions  # noqa: E402
+from mergekit_pave.check import check  # noqa: E402
+from mergekit_pave.models.source import LoaderOptions  # noqa: E402
+from mergekit_pave.recipe.spelling import is_ours  # noqa: E402
 
 mergekit_pave.register()
 

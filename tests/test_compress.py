@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from test_cli import invoke
 from test_merge import tensors_of
 
-from mergekit_pave import compress as module
-from mergekit_pave import compress_task, compressed
-from mergekit_pave.compress import compress
-from mergekit_pave.compressed import Compressed, pack, restore
+from mergekit_pave.algebra.tsv import kept_rank
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions
-from mergekit_pave.merging.tsv import kept_rank
-from mergekit_pave.model_folder import companions, copy_companions
-from mergekit_pave.reconstruct import reconstruct
+from mergekit_pave.models.folder import companions, copy_companions
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.storage import low_rank as compressed
+from mergekit_pave.storage.low_rank import Compressed, pack, restore
+from mergekit_pave.tasks import compress as module
+from mergekit_pave.tasks import compress_task
+from mergekit_pave.tasks.compress import compress
+from mergekit_pave.tasks.reconstruct import reconstruct
 
 NORM = "model.layers.0.input_layernorm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -171,7 +172,7 @@ def test_what_comes_back_is_the_truncated_fine_tune(families, config, tmp_path):
 
 
 def test_what_is_reported_is_true(families, tmp_path, monkeypatch):
-    monkeypatch.setattr(compress_task, "WINDOW", 10_000)  # several files
+    monkeypatch.setattr(compressed, "WINDOW", 10_000)  # several files
     paths = families("llama")
     summary = compress(raw(paths), tmp_path / "c", rank_fraction=0.25)[0]
     task = tmp_path / "c" / "expert0"
@@ -341,7 +342,7 @@ def test_models_of_the_same_name_are_told_apart(families, tmp_path):
 
 def test_an_interrupted_run_goes_on(families, config, tmp_path, monkeypatch):
     paths, calls = families("llama"), []
-    work = module.compress_task
+    work = compress_task.compress_task
 
     def stop(tuned, *arguments):
         calls.append(tuned.label)

@@ -14,10 +14,13 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  so that children need not
 from test_calibration import source_of, spec_of
 
-from mergekit_pave.calibration import run
-from mergekit_pave.calibration.run import Resources, cached_store, calibrate_to
+from mergekit_pave.calibration import stores
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.run import calibrate_to
+from mergekit_pave.calibration.stores import cached_store
 from mergekit_pave.errors import PaveError
-from mergekit_pave.store import MANIFEST, CovarianceStore, StoreWriter, write_atomically
+from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore, StoreWriter
+from mergekit_pave.storage.files import write_atomically
 
 ONE_SITE = Resources(statistics_memory=1)  # many windows: many moments to die at
 
@@ -32,7 +35,7 @@ def _context():
 def _calibrate(path: Path, data: Path, cache: Path, began, log: Path | None = None) -> None:
     os.environ["MERGEKIT_PAVE_CACHE"] = str(cache)
     torch.set_num_threads(1)
-    real = run.calibrate
+    real = stores.calibrate
 
     def noted(*args):
         if log is not None:
@@ -41,7 +44,7 @@ def _calibrate(path: Path, data: Path, cache: Path, began, log: Path | None = No
         began.set()
         return real(*args)
 
-    run.calibrate = noted
+    stores.calibrate = noted
     cached_store(source_of(path), spec_of(data), ONE_SITE)
     began.set()  # also where there was nothing left to do
 
@@ -117,7 +120,8 @@ def test_two_processes_share_one_cache(families, texts, tmp_path):
 
 
 def test_no_merge_from_a_partial_store(families, texts, tmp_path):
-    from mergekit_pave.locate import LoaderOptions, fetch_store
+    from mergekit_pave.calibration.stores import fetch_store
+    from mergekit_pave.models.source import LoaderOptions
 
     writer = StoreWriter(tmp_path / "s")
     writer.add({"a": (torch.eye(2), 1)})

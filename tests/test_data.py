@@ -16,10 +16,11 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from mergekit_pave.calibration import data
-from mergekit_pave.calibration.data import CalibrationSpec, Samples, batches, load_samples
+from mergekit_pave.calibration import samples as data
 from mergekit_pave.calibration.limits import is_text_encoder, length_limit
+from mergekit_pave.calibration.samples import Samples, batches, load_samples
 from mergekit_pave.errors import PaveError
+from mergekit_pave.recipe.parameters import CalibrationSpec
 
 PAD, BOS, EOS, UNK = range(4)
 WORDS = {f"w{i}": 4 + i for i in range(40)} | {"user": 44, "assistant": 45, ":": 46}
@@ -515,7 +516,8 @@ def test_samples_are_the_same_in_another_process(load, tmp_path, model):
     first = load(MIXED, num_samples=9)
     code = (
         "import sys, transformers, datasets\n"
-        "from mergekit_pave.calibration.data import CalibrationSpec, load_samples\n"
+        "from mergekit_pave.recipe.parameters import CalibrationSpec\n"
+        "from mergekit_pave.calibration.samples import load_samples\n"
         "datasets.config.HF_DATASETS_CACHE = sys.argv[3]\n"
         "config = transformers.LlamaConfig(vocab_size=48, max_position_embeddings=64)\n"
         "spec = CalibrationSpec(sys.argv[1], num_samples=9)\n"

@@ -16,11 +16,12 @@ import torch
 from conftest import write_texts
 from test_calibration import source_of, spec_of
 
-from mergekit_pave.calibration.run import Resources, calibrate_to
-from mergekit_pave.calibration.workers import Workers
-from mergekit_pave.covariance import SecondMoment
+from mergekit_pave.algebra.second_moment import SecondMoment
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.processes import Workers
+from mergekit_pave.calibration.run import calibrate_to
 from mergekit_pave.errors import PaveError
-from mergekit_pave.store import MANIFEST, CovarianceStore
+from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore
 
 CPU = torch.device("cpu")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
@@ -199,7 +200,7 @@ def test_sites_that_one_process_has_not_seen():
 
 
 def test_samples_are_dealt_without_overlap(families, texts):
-    from mergekit_pave.calibration.data import load_samples
+    from mergekit_pave.calibration.samples import load_samples
 
     source = source_of(families("llama")["expert0"])
     samples = load_samples(spec_of(texts[0]), source.path, source.config())

@@ -13,10 +13,11 @@ from conftest import make_family
 from test_emr import config_of
 from test_merge import merge, tensors_of
 
-from mergekit_pave import hub
-from mergekit_pave.emr_models import task_tensors
+from mergekit_pave.algebra.emr import elect
 from mergekit_pave.errors import PaveError
-from mergekit_pave.task_masks import TaskMasks
+from mergekit_pave.models.folder import check_finished
+from mergekit_pave.storage.masks import TaskMasks
+from mergekit_pave.tasks.emr import task_tensors
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_no_weights_of_the_earlier_merge_are_left(paths, tmp_path, first, second
     names = {file.name for file in (tmp_path / "fresh").iterdir()}
     assert {file.name for file in out.iterdir()} == names | {"notes.bin"}
     assert _loads_what_was_merged(out, expected)
-    hub.check_finished(out)
+    check_finished(out)
 
 
 def test_task_models_are_those_of_the_last_merge(paths, tmp_path):
@@ -62,7 +63,7 @@ def test_weights_that_no_merge_wrote_stay(paths, tmp_path, caplog):
     assert (out / "model.safetensors").exists()
     assert "that this merge has not written (model.safetensors): delete them" in caplog.text
     with pytest.raises(PaveError, match="weights of two merges .*merge again into an empty folder"):
-        hub.check_finished(out)
+        check_finished(out)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "emr"])
@@ -90,9 +91,9 @@ def test_a_merge_that_writes_nothing_takes_nothing_away(paths, tmp_path, method,
 
 
 def test_a_merge_that_has_begun_to_write_takes_the_masks_away(paths, tmp_path, monkeypatch):
-    from mergekit_pave.merging import emr
+    from mergekit_pave.methods import emr
 
-    out, elect, calls = tmp_path / "out", emr.elect, []
+    out, calls = tmp_path / "out", []
     merge(config_of(paths), out, **CARD, out_shard_size=20_000)
 
     def failing(*arguments):

@@ -25,11 +25,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_merge import merge, tensors_of
 
-from mergekit_pave import cli, emr_models, hub, task_masks
-from mergekit_pave.emr_models import load_task_model, materialize, task_tensors
+from mergekit_pave import cli
+from mergekit_pave.algebra.emr import RESCALERS, Sums, elect, scale, task_weight, trace
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging import emr
-from mergekit_pave.task_masks import TaskMasks
+from mergekit_pave.methods import emr
+from mergekit_pave.publish import hub
+from mergekit_pave.storage import masks as task_masks
+from mergekit_pave.storage.masks import TaskMasks
+from mergekit_pave.tasks import emr as emr_models
+from mergekit_pave.tasks.emr import load_task_model, materialize, task_tensors
 
 MANIFEST = Path("emr", "manifest.json")
 
@@ -56,13 +60,13 @@ def papers_models(base: dict, experts: list[dict], rescaler: str = "tensor_mean"
 
 def our_models(base: dict, experts: list[dict], rescaler: str = "tensor_mean") -> list[dict]:
     """The same by our functions, in memory."""
-    merged = {name: emr.elect(base[name], [e[name] for e in experts]) for name in base}
+    merged = {name: elect(base[name], [e[name] for e in experts]) for name in base}
     models = []
     for expert in experts:
-        traces = {n: emr.trace(base[n], expert[n], merged[n]) for n in base}
-        factor = emr.scale(
-            (emr.Sums(t.own, t.unified, base[n].numel()) for n, t in traces.items()), rescaler)
-        models.append({n: emr.task_weight(base[n], merged[n], t.mask, factor)
+        traces = {n: trace(base[n], expert[n], merged[n]) for n in base}
+        factor = scale(
+            (Sums(t.own, t.unified, base[n].numel()) for n, t in traces.items()), rescaler)
+        models.append({n: task_weight(base[n], merged[n], t.mask, factor)
                        for n, t in traces.items()})
     return models
 
@@ -85,7 +89,7 @@ def random_models(seed: int, experts: int, dtype=torch.float64, whole: bool = Fa
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("rescaler", task_masks.RESCALERS)
+@pytest.mark.parametrize("rescaler", RESCALERS)
 @pytest.mark.parametrize("experts", [1, 2, 3, 4])
 def test_task_models_are_the_papers(experts, rescaler, whole):
     for seed in range(5):
@@ -98,16 +102,16 @@ def test_task_models_are_the_papers(experts, rescaler, whole):
 
 def test_the_rescalers_differ():
     base, models = random_models(0, 3)
-    mean, all_ = (our_models(base, models, r)[0]["weight"] for r in task_masks.RESCALERS)
+    mean, all_ = (our_models(base, models, r)[0]["weight"] for r in RESCALERS)
     assert not torch.allclose(mean, all_)
 
 
 def test_a_tie_elects_the_negative_side():
     base = torch.tensor([1.0, 1.0, 1.0])
     models = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([-1.0, 1.0, 4.0])]
-    merged = emr.elect(base, models)
+    merged = elect(base, models)
     assert merged.tolist() == [-1.0, 1.0, 4.0]
-    masks = [emr.trace(base, model, merged).mask.tolist() for model in models]
+    masks = [trace(base, model, merged).mask.tolist() for model in models]
     assert masks == [[False, False, True], [True, False, True]]
 
 
@@ -124,10 +128,10 @@ def test_the_election_picks_without_rounding(dtype):
     wide = {n: b.double() for n, b in base.items()}
     for name in base:
         tensors = [model[name] for model in models]
-        merged = emr.elect(base[name], tensors)
+        merged = elect(base[name], tensors)
         assert merged.dtype == dtype
         assert sum(merged == t for t in (*tensors, base[name])).bool().all()
-        assert torch.equal(merged.double(), emr.elect(wide[name], [t.double() for t in tensors]))
+        assert torch.equal(merged.double(), elect(wide[name], [t.double() for t in tensors]))
 
 
 def test_models_that_are_the_base_or_alike():
@@ -216,7 +220,7 @@ def test_every_task_comes_back_from_disk(trio, tmp_path, kind, monkeypatch):
     base, experts = tensors_of(paths["base"]), experts_of(paths)
     expected = our_models(base, experts)
     papers = papers_models(base, experts)
-    assert equal({n: emr.elect(base[n], [e[n] for e in experts]) for n in base}, found)
+    assert equal({n: elect(base[n], [e[n] for e in experts]) for n in base}, found)
     for t in range(3):
         ours = dict(task_tensors(tmp_path / "out", t, base=str(paths["base"])))
         assert ours.keys() == expected[t].keys()
@@ -396,7 +400,7 @@ def test_in_memory_there_are_the_unified_weights_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, models = random_models(5, 3, torch.float32)
     merged = merge_tensors([base["weight"], *(m["weight"] for m in models)], "emr", base_index=0)
-    assert torch.equal(merged, emr.elect(base["weight"], [m["weight"] for m in models]))
+    assert torch.equal(merged, elect(base["weight"], [m["weight"] for m in models]))
     assert not list(tmp_path.rglob("emr"))
 
 
@@ -571,7 +575,7 @@ def refused(words: str, function, *arguments, **more) -> None:
 def test_a_failed_merge_leaves_no_masks(trio, tmp_path, monkeypatch):
     monkeypatch.setattr(task_masks, "WINDOW", 1_000)
     merge(config_of(trio("llama")), tmp_path / "out")
-    elect, calls = emr.elect, []
+    calls = []
 
     def failing(*arguments):
         calls.append(1)
@@ -594,7 +598,7 @@ def test_a_killed_merge_leaves_nothing_that_counts(trio, tmp_path):
         "import os, sys, yaml\n"
         "from mergekit.merge import run_merge, MergeOptions\n"
         "from mergekit.config import MergeConfiguration\n"
-        "from mergekit_pave import task_masks\n"
+        "from mergekit_pave.storage import masks as task_masks\n"
         "task_masks.WINDOW = 1_000\n"
         "flush = task_masks.Recorder._flush\n"
         "def dying(self):\n"

@@ -8,11 +8,12 @@ import transformers
 from conftest import recipe
 
 from mergekit_pave.calibration.collect import plan_sites
-from mergekit_pave.calibration.data import CalibrationSpec
-from mergekit_pave.calibration.model import ModelSource, linear_layers
-from mergekit_pave.calibration.run import Resources, calibrate_to
-from mergekit_pave.estimate import estimates, sites_of
-from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.calibration.estimate import estimates, sites_of
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.run import calibrate_to
+from mergekit_pave.models.layers import linear_layers
+from mergekit_pave.models.source import LoaderOptions, ModelSource
+from mergekit_pave.recipe.parameters import CalibrationSpec
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "roberta", "deberta", "t5"])

@@ -18,19 +18,20 @@ from test_cli import invoke
 from test_distributed import assert_equal, crew
 from test_merge import merge, papers_formula, tensors_of
 
-from mergekit_pave import record
-from mergekit_pave.calibration import generated
-from mergekit_pave.calibration.data import CalibrationSpec
-from mergekit_pave.calibration.generate import Form, form_of, write_rows
-from mergekit_pave.calibration.generated import generated_samples
-from mergekit_pave.calibration.resources import cache_folder
+from mergekit_pave.calibration import generate as generated
+from mergekit_pave.calibration.estimate import estimates
+from mergekit_pave.calibration.generate import Form, form_of, generated_samples, write_rows
+from mergekit_pave.calibration.load import Resources
 from mergekit_pave.calibration.rows import open_rows
-from mergekit_pave.calibration.run import Resources, cached_store, calibrate_to
-from mergekit_pave.card import write_card
+from mergekit_pave.calibration.run import calibrate_to
+from mergekit_pave.calibration.stores import cached_store
 from mergekit_pave.errors import PaveError
-from mergekit_pave.estimate import estimates
-from mergekit_pave.locate import LoaderOptions
-from mergekit_pave.store import MANIFEST, CovarianceStore
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.publish import record
+from mergekit_pave.publish.card import write_card
+from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore
+from mergekit_pave.storage.files import cache_folder
 
 BOS, EOS = 1, 2
 CHATML = (

@@ -7,8 +7,9 @@ import torch
 from test_calibration import reference, source_of, spec_of, worst
 from test_merge import config_of, merge
 
-from mergekit_pave import subspace
-from mergekit_pave.calibration.run import Resources, calibrate_to
+from mergekit_pave.algebra import subspace
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.run import calibrate_to
 
 pytestmark = [
     pytest.mark.gpu,

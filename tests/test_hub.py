@@ -20,17 +20,12 @@ from huggingface_hub import DatasetCard, constants
 from test_card import HUB, make_output, make_store
 from transformers import AutoModelForCausalLM
 
-from mergekit_pave.card import card_command
+from mergekit_pave.cli.folders import card_command, publish_command
 from mergekit_pave.errors import PaveError
-from mergekit_pave.hub import (
-    check_finished,
-    check_target,
-    publish_command,
-    push_merge,
-    push_store,
-    store_card,
-)
-from mergekit_pave.store import CovarianceStore
+from mergekit_pave.models.folder import check_finished
+from mergekit_pave.publish.hub import check_target, push_merge, push_store
+from mergekit_pave.publish.store_card import store_card
+from mergekit_pave.storage.covariances import CovarianceStore
 
 LFS = (".safetensors",)
 
@@ -205,7 +200,7 @@ def test_push_through_the_environment_only(hub, out):
     """As users do it: another process, `HF_ENDPOINT` and `HF_TOKEN`."""
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1",
                    "HF_HUB_OFFLINE": "0"}
-    command = "from mergekit_pave.card import card_command as c; c()"
+    command = "from mergekit_pave.cli.folders import card_command as c; c()"
     done = subprocess.run(
         [sys.executable, "-c", command, str(out), "--push", "me/merge"],
         env=environment, capture_output=True, text=True)

@@ -17,7 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
-from mergekit_pave.store import CovarianceStore
+from mergekit_pave.storage.covariances import CovarianceStore
 
 MB = 10**6
 WEIGHTS, STATISTICS = 500 * MB, 250 * MB
@@ -28,7 +28,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from mergekit_pave import cli
-import mergekit_pave.calibration.run, mergekit_pave.check.models, mergekit_pave.locate
+import mergekit_pave.calibration.run, mergekit_pave.check.models, mergekit_pave.models.source
 import transformers.models.llama.modeling_llama, accelerate.big_modeling
 import torch
 torch.randn(512, 512) @ torch.randn(512, 512)

@@ -30,12 +30,14 @@ from safetensors.torch import load_file, save_file
 from test_calibration import reference, source_of, spec_of
 
 import mergekit_pave
-from mergekit_pave import statistics
 from mergekit_pave.calibration import run as calibration_run
+from mergekit_pave.calibration import stores
+from mergekit_pave.calibration.load import Resources
 from mergekit_pave.check import check
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions, tokenizer_of
-from mergekit_pave.method import PaveMerge
+from mergekit_pave.methods import layers as statistics
+from mergekit_pave.methods.pave import PaveMerge
+from mergekit_pave.models.source import LoaderOptions, tokenizer_of
 
 METHODS = ["task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
            "breadcrumbs_ties", "della", "della_linear", "sce"]
@@ -138,7 +140,7 @@ def test_a_task_vector_can_be_truncated_itself(families, texts, tmp_path, kind):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ratio_one_is_bit_for_bit_the_plain_method(families, texts, tmp_path, method, monkeypatch):
-    monkeypatch.setattr(statistics, "cached_store", None)  # calibrating would fail
+    monkeypatch.setattr(stores, "cached_store", None)  # calibrating would fail
     paths = families("llama")
     plain = merge(config_of(paths, method, texts), tmp_path / "plain")
     ours = merge(config_of(paths, "pave_" + method, texts, rank_ratio=1.0), tmp_path / "pave")
@@ -196,7 +198,7 @@ def test_changing_anything_but_the_data_never_recalibrates(
     paths = families("llama")
     first = merge(config_of(paths, "pave_ties", texts, rank_ratio=0.8), tmp_path / "0")
     monkeypatch.setattr(calibration_run, "load_model", None)
-    monkeypatch.setattr(mergekit_pave.plugin.shared_statistics(), "_stores", {})
+    monkeypatch.setattr(statistics.shared_statistics(), "_stores", {})
     for i, (method, shared) in enumerate([
         ("pave_ties", {"rank_ratio": 0.9}),
         ("pave_ties", {"dampening_frac": 0.5}),
@@ -315,7 +317,7 @@ def test_filters_choose_the_ratio_by_tensor(families, texts, tmp_path):
 
 @pytest.mark.parametrize("subspace", ["svd", "random"])
 def test_ablations_need_no_data(families, texts, tmp_path, subspace, monkeypatch):
-    monkeypatch.setattr(statistics, "cached_store", None)
+    monkeypatch.setattr(stores, "cached_store", None)
     paths = families("gpt2")
     config = config_of(paths, "pave_task_arithmetic", texts, experts=1, rank_ratio=0.75,
                        subspace=subspace)
@@ -359,12 +361,12 @@ def test_a_model_of_weight_zero_changes_nothing(families, texts, tmp_path):
 def test_threads_calibrate_once_and_agree(families, texts, tmp_path, monkeypatch):
     paths = families("llama")
     calls = []
-    real = calibration_run.calibrate
-    monkeypatch.setattr(calibration_run, "calibrate", lambda *a: calls.append(a) or real(*a))
+    real = stores.calibrate
+    monkeypatch.setattr(stores, "calibrate", lambda *a: calls.append(a) or real(*a))
     config = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
     expected = merge(config, tmp_path / "expected")
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "second-cache"))
-    monkeypatch.setattr(mergekit_pave.plugin.shared_statistics(), "_stores", {})
+    monkeypatch.setattr(statistics.shared_statistics(), "_stores", {})
     calls.clear()
     sources = {key: tensors_of(path) for key, path in paths.items()}
     results: dict[str, torch.Tensor] = {}
@@ -426,7 +428,7 @@ def test_tensors_in_memory_take_a_store(families, texts, tmp_path):
     paths = families("llama")
     store = calibration_run.calibrate_to(
         source_of(paths["expert0"]), spec_of(texts[0]), tmp_path / "store",
-        calibration_run.Resources())
+        Resources())
     name = "model.layers.0.mlp.up_proj.weight"
     base, expert = (tensors_of(paths[k])[name] for k in ("base", "expert0"))
     arguments = dict(method="pave_task_arithmetic", base_index=0, name=name)

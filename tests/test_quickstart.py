@@ -17,7 +17,7 @@ import run
 import tasks
 import train
 
-from mergekit_pave.parameters import PARAMETERS
+from mergekit_pave.recipe.parameters import PARAMETERS
 
 QUICKSTART = Path(run.__file__).parent
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from mergekit.config import MergeConfiguration
 
-from mergekit_pave.parameters import PARAMETERS, reference_table
+from mergekit_pave.recipe.parameters import PARAMETERS, reference_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,8 +9,8 @@ from conftest import write_texts
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_pave import record
-from mergekit_pave.card import write_card
+from mergekit_pave.publish import record
+from mergekit_pave.publish.card import write_card
 
 
 @pytest.mark.parametrize("card", [True, False])

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from test_calibration import reference, spec_of
 from test_merge import config_of, merge, papers_formula, tensors_of
 
+from mergekit_pave.algebra.numeric import rounding
+from mergekit_pave.algebra.separation import flattened, regmean
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.regmean import flattened, regmean
-from mergekit_pave.numeric import rounding
-from mergekit_pave.plugin import shared_statistics
+from mergekit_pave.methods.layers import shared_statistics
 
 
 def closed_form(weights, covariances, off_diagonal, shares=None):
@@ -185,9 +185,9 @@ def test_its_twin_solves_with_the_covariances_of_the_unpurified_models(families,
 
 
 def test_without_data_the_task_vectors_stand_in_for_the_inputs(families, tmp_path, monkeypatch):
-    from mergekit_pave import statistics
+    from mergekit_pave.calibration import stores
 
-    monkeypatch.setattr(statistics, "cached_store", None)  # calibrating would fail
+    monkeypatch.setattr(stores, "cached_store", None)  # calibrating would fail
     paths = families("gpt2")
     merged = merge(_config(paths, "regmean", ["none", "none"]), tmp_path / "out")
     name = "transformer.h.0.mlp.c_fc.weight"  # stored (in, out)

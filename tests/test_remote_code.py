@@ -11,9 +11,9 @@ from conftest import make_family, recipe
 from test_merge import merge
 
 from mergekit_pave.cli import main
-from mergekit_pave.emr_models import load_task_model, task_tensors
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.tasks.emr import load_task_model, task_tensors
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

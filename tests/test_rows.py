@@ -9,9 +9,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from mergekit_pave.calibration.rows import CalibrationSpec, open_rows, permutation
-from mergekit_pave.calibration.sources import STREAM_ABOVE, local_path
+from mergekit_pave.calibration.rows import STREAM_ABOVE, open_rows, permutation
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.names import local_path
+from mergekit_pave.recipe.parameters import CalibrationSpec
 
 
 @pytest.fixture(autouse=True)

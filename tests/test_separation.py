@@ -8,10 +8,9 @@ from test_calibration import reference, spec_of
 from test_merge import config_of, merge, tensors_of
 from test_regmean import moment, readers
 
+from mergekit_pave.algebra.separation import regmean, separate
+from mergekit_pave.algebra.subspace import damped
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging.regmean import regmean
-from mergekit_pave.separation import separate
-from mergekit_pave.subspace import damped
 
 
 def by_hand(delta, own, others, strength, fraction=0.01):

@@ -121,7 +121,7 @@ def test_methods_are_there_however_mergekit_is_reached(python):
 
 def test_a_fault_of_ours_is_one_warning_and_mergekit_lives(python):
     site = next(python.parent.parent.glob("lib/python*/site-packages"))
-    plugin = site / "mergekit_pave" / "plugin.py"
+    plugin = site / "mergekit_pave" / "plugin" / "__init__.py"
     content = plugin.read_text()
     plugin.write_text("raise RuntimeError('broken on purpose')\n")
     try:

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mergekit_pave.covariance import SecondMoment, fold, unfold
+from mergekit_pave.algebra.second_moment import SecondMoment, fold, unfold
+from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.errors import PaveError
-from mergekit_pave.fingerprint import LENGTH, fingerprint, same
-from mergekit_pave.locate import LoaderOptions, fetch_store
-from mergekit_pave.store import (
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.storage.covariances import (
     FINGERPRINTS,
     MANIFEST,
     CovarianceStore,
     StoreWriter,
     Weight,
-    same_layer,
 )
+from mergekit_pave.storage.identity import LENGTH, fingerprint, same, same_layer
 
 
 @given(st.integers(1, 40), st.integers(0, 2**31))
@@ -223,7 +223,7 @@ def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mergekit_pave.store.os.replace", full)
+    monkeypatch.setattr("mergekit_pave.storage.files.os.replace", full)
     with pytest.raises(PaveError, match="Cannot write .*No space left on device"):
         writer.add({"a": (torch.eye(2), 1)})
     assert list((tmp_path / "s").iterdir()) == []

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_pave import subspace
-from mergekit_pave.subspace import Tail, damped, purify, spectrum, tail
+from mergekit_pave.algebra import subspace
+from mergekit_pave.algebra.subspace import Tail, damped, purify, spectrum, tail
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_merge import config_of, merge
 
-from mergekit_pave import subspace, tails
-from mergekit_pave.subspace import Tail
+from mergekit_pave.algebra import subspace
+from mergekit_pave.algebra.subspace import Tail
+from mergekit_pave.storage import decompositions as tails
 
 
 def test_sweeps_repeat_no_decomposition(families, texts, tmp_path, monkeypatch):
@@ -82,6 +83,6 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, tail, monkeypa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mergekit_pave.store.os.replace", full)
+    monkeypatch.setattr("mergekit_pave.storage.files.os.replace", full)
     assert tails.remembered(tmp_path, "ab", 3, lambda: tail) is tail
     assert not list(tmp_path.glob("*/*.safetensors"))

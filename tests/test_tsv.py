@@ -15,9 +15,17 @@ from safetensors.torch import save_file
 from test_merge import config_of, merge, tensors_of
 
 import mergekit_pave
+from mergekit_pave.algebra.numeric import rounding
+from mergekit_pave.algebra.tsv import (
+    Factors,
+    factors,
+    interference,
+    kept_rank,
+    merged_delta,
+    polar,
+    singular_task_interference,
+)
 from mergekit_pave.errors import PaveError
-from mergekit_pave.merging import tsv
-from mergekit_pave.numeric import rounding
 
 mergekit_pave.register()
 
@@ -81,7 +89,7 @@ def off(found: torch.Tensor, base: torch.Tensor, delta: np.ndarray) -> float:
 def test_the_merge_is_the_papers(shape, tasks):
     base, models, deltas = family(*shape, tasks=tasks)
     want = papers_merge(deltas, min(shape) // tasks)
-    found = tsv.merged_delta([tsv.factors(torch.from_numpy(d), min(shape) // tasks)
+    found = merged_delta([factors(torch.from_numpy(d), min(shape) // tasks)
                               for d in deltas])
     assert np.linalg.norm(found.numpy() - want) <= 1e-8 * np.linalg.norm(want)
     # A float32 weight of size 1 itself is only exact to 1e-7, its delta of 0.02 to 1e-5.
@@ -98,7 +106,7 @@ def test_a_steep_spectrum_costs_no_digits_that_matter(last):
         s = torch.logspace(0, 4 * np.log10(last), 48, dtype=torch.float64)
         deltas.append((orthonormal(64, 48, i) * s @ orthonormal(48, 48, 10 + i).T).numpy())
     want = papers_merge(deltas, 12)
-    found = tsv.merged_delta([tsv.factors(torch.from_numpy(d), 12) for d in deltas])
+    found = merged_delta([factors(torch.from_numpy(d), 12) for d in deltas])
     assert np.linalg.norm(found.numpy() - want) <= 1e-8 * np.linalg.norm(want)
 
 
@@ -106,7 +114,7 @@ def test_orthogonal_tasks_are_added():
     u, v = orthonormal(12, 6, 0), orthonormal(10, 6, 1)
     s = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
     deltas = [u[:, :3] * s @ v[:, :3].T, 2 * u[:, 3:] * s @ v[:, 3:].T]
-    found = tsv.merged_delta([tsv.factors(d, 3) for d in deltas])
+    found = merged_delta([factors(d, 3) for d in deltas])
     torch.testing.assert_close(found, sum(deltas))
 
 
@@ -143,16 +151,16 @@ def test_more_tasks_than_rank():
 
 def test_polar_of_dependent_columns():
     x = orthonormal(9, 3, 0)
-    twice = tsv.polar(torch.cat([x, x], 1))
+    twice = polar(torch.cat([x, x], 1))
     torch.testing.assert_close(twice, torch.cat([x, x], 1) / 2**0.5)
-    spectrum = torch.linalg.svdvals(tsv.polar(torch.cat([x, x @ x[:3, :3], draw(9, 2)], 1)))
+    spectrum = torch.linalg.svdvals(polar(torch.cat([x, x @ x[:3, :3], draw(9, 2)], 1)))
     assert all(min(abs(s), abs(s - 1)) < 1e-9 for s in spectrum.tolist())
 
 
 @pytest.mark.parametrize("second", [1.0, 3.0, 1 + 1e-9])
 def test_tasks_with_the_same_directions_are_averaged(second):
     delta = orthonormal(16, 4, 0) * torch.tensor([4.0, 3, 2, 1]) @ orthonormal(12, 4, 1).T
-    found = tsv.merged_delta([tsv.factors(scale * delta, 4) for scale in (1.0, second)])
+    found = merged_delta([factors(scale * delta, 4) for scale in (1.0, second)])
     torch.testing.assert_close(found, (1 + second) / 2 * delta)
 
 
@@ -162,7 +170,7 @@ def test_what_is_only_rounding_turns_nothing_aside():
     deltas = [draw(48, 2, seed=i) @ draw(2, 32, seed=10 + i, scale=1.0) for i in range(2)]
     exact = papers_merge([d.double().numpy() for d in deltas], 2)
     rounded = [base + d for d in deltas]
-    part = tsv.factors(rounded[0] - base, 16)
+    part = factors(rounded[0] - base, 16)
     assert len(part.s) == 2 and part.u.shape == (48, 2) and part.v.shape == (32, 2)
     assert off(ours(base, rounded), base, exact) < 1e-5
 
@@ -181,10 +189,10 @@ def test_rounding_of_the_weights_is_no_direction(size):
         part = torch.randn(192, rank, generator=generator).double() @ torch.randn(
             rank, 192, generator=generator).double()
         deltas.append(part / part.norm() * weight.norm() * size)
-    expected = tsv.merged_delta([tsv.factors(delta, 64) for delta in deltas])
-    parts = [tsv.factors(delta, 64, rounding(weight)) for delta in _in_float32(weight, deltas)]
+    expected = merged_delta([factors(delta, 64) for delta in deltas])
+    parts = [factors(delta, 64, rounding(weight)) for delta in _in_float32(weight, deltas)]
     assert [len(part.s) for part in parts] == [20, 48, 64]
-    assert (tsv.merged_delta(parts) - expected).norm() < 1e-5 / size * expected.norm()
+    assert (merged_delta(parts) - expected).norm() < 1e-5 / size * expected.norm()
     models = [(weight.double() + delta).float() for delta in deltas]
     found = ours(weight.double(), [m.double() for m in models]) - weight.double()
     assert (found - expected).norm() < 2e-5 / size * expected.norm()
@@ -198,9 +206,9 @@ def test_directions_that_tasks_share_stay_shared_in_float32(size):
     a = torch.randn(16, 128, generator=generator).double()
     deltas = [torch.randn(128, 16, generator=generator).double() @ a for _ in range(2)]
     deltas = [delta / delta.norm() * weight.norm() * size for delta in deltas]
-    expected = tsv.merged_delta([tsv.factors(delta, 16) for delta in deltas])
-    found = tsv.merged_delta([
-        tsv.factors(delta, 64, rounding(weight)) for delta in _in_float32(weight, deltas)])
+    expected = merged_delta([factors(delta, 16) for delta in deltas])
+    found = merged_delta([
+        factors(delta, 64, rounding(weight)) for delta in _in_float32(weight, deltas)])
     assert (found - found @ torch.linalg.pinv(a) @ a).norm() < 1e-3 * found.norm()
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
@@ -236,13 +244,13 @@ def test_broken_weights_outside_linear_layers_are_named(tmp_path, method, name):
 def test_factors_are_the_leading_triples():
     for shape in ((9, 14), (14, 9)):
         delta = draw(*shape)
-        found = tsv.factors(delta, 4)
+        found = factors(delta, 4)
         u, s, vt = np.linalg.svd(delta.double().numpy(), full_matrices=False)
         assert np.allclose(found.s, s[:4])
         assert np.allclose((found.u * found.s @ found.v.T).numpy(), u[:, :4] * s[:4] @ vt[:4])
         torch.testing.assert_close(found.u.T @ found.u, torch.eye(4, dtype=torch.float64))
         torch.testing.assert_close(found.v.T @ found.v, torch.eye(4, dtype=torch.float64))
-    nothing = tsv.factors(torch.zeros(5, 3), 2)
+    nothing = factors(torch.zeros(5, 3), 2)
     assert nothing.u.shape == (5, 0) and nothing.v.shape == (3, 0) and not len(nothing.s)
 
 
@@ -253,7 +261,7 @@ def test_factors_are_the_leading_triples():
     ((768, 768), 3, 0.1 + 0.2, 230), ((10, 10), 1, 0.7, 7),
 ])
 def test_kept_rank(shape, tasks, fraction, count):
-    assert tsv.kept_rank(shape, tasks, fraction) == count
+    assert kept_rank(shape, tasks, fraction) == count
 
 
 # --- interference --------------------------------------------------------------------------
@@ -265,8 +273,8 @@ def test_kept_rank(shape, tasks, fraction, count):
 def test_interference_is_the_published_formula(shape, tasks, fraction, k):
     deltas = [draw(*shape, seed=i) for i in range(tasks)]
     want = papers_interference([d.double().numpy() for d in deltas], k)
-    assert tsv.singular_task_interference(deltas, fraction) == pytest.approx(want, rel=1e-9)
-    value, relative = tsv.interference([tsv.factors(d, k) for d in deltas])
+    assert singular_task_interference(deltas, fraction) == pytest.approx(want, rel=1e-9)
+    value, relative = interference([factors(d, k) for d in deltas])
     total = sum(np.linalg.svd(d.double(), compute_uv=False)[:k].sum() for d in deltas)
     assert (value, relative) == pytest.approx((want, want / total), rel=1e-6)
 
@@ -274,10 +282,10 @@ def test_interference_is_the_published_formula(shape, tasks, fraction, k):
 def test_orthogonal_tasks_do_not_interfere():
     u, v = orthonormal(8, 4, 2), orthonormal(7, 4, 3)
     s = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    parts = [tsv.Factors(u[:, i:i + 2], s, v[:, i:i + 2]) for i in (0, 2)]
-    assert tsv.interference(parts)[0] == pytest.approx(0, abs=1e-12)
-    assert tsv.interference([parts[0], parts[0]])[0] > 1
-    assert tsv.singular_task_interference([p.u * s @ p.v.T for p in parts], 0.3) < 1e-9
+    parts = [Factors(u[:, i:i + 2], s, v[:, i:i + 2]) for i in (0, 2)]
+    assert interference(parts)[0] == pytest.approx(0, abs=1e-12)
+    assert interference([parts[0], parts[0]])[0] > 1
+    assert singular_task_interference([p.u * s @ p.v.T for p in parts], 0.3) < 1e-9
 
 
 # --- the method ----------------------------------------------------------------------------
@@ -437,7 +445,7 @@ def test_the_purified_twin(families, texts, tmp_path):
 
 def test_importing_it_first_registers_it():
     """Not half imported, when the start-up hook asks for it in the middle of its import."""
-    code = ("import mergekit_pave.merging.tsv, mergekit.merge_methods as m; "
+    code = ("import mergekit_pave.methods.tsv, mergekit.merge_methods as m; "
             "print(m.get('tsv_m').spec.name, m.get('pave_tsv_m').spec.name)")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.split() == ["tsv_m", "pave_tsv_m"], found.stderr

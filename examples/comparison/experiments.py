@@ -93,7 +93,8 @@ def covariances(bench, seed: int) -> dict[str, Callable]:
     """Task -> reader of the (in, in) covariance of a weight, by its name."""
     from bench import pave
 
-    from mergekit_pave.store import CovarianceStore, same_layer
+    from mergekit_pave.storage.covariances import CovarianceStore
+    from mergekit_pave.storage.identity import same_layer
 
     place, found = bench.place(seed), {}
     for task in bench.tasks:
@@ -124,8 +125,8 @@ def interference(bench, seed: int) -> list[dict]:
     """One row for every form of purification."""
     import torch
 
-    from mergekit_pave.merging.tsv import factors, kept_rank
-    from mergekit_pave.merging.tsv import interference as of_parts
+    from mergekit_pave.algebra.tsv import factors, kept_rank
+    from mergekit_pave.algebra.tsv import interference as of_parts
 
     base, moments, rows = tensors(bench.out / "base"), covariances(bench, seed), []
     for form in FORMS:
@@ -265,7 +266,7 @@ def separation(bench, seed: int) -> list[dict]:
     import torch
     from compare import mean_strength
 
-    from mergekit_pave.subspace import damped
+    from mergekit_pave.algebra.subspace import damped
 
     base, moments = tensors(bench.out / "base"), covariances(bench, seed)
     experts, names = list(_experts(bench, seed)), layers(base)

@@ -8,6 +8,7 @@ from mergekit_pave.calibration.rows import SkipRow
 
 # Hides transformers' function of the name: rows must not depend on the day they are read.
 _DATE = "{%- macro strftime_now(format) -%}1 January 2025{%- endmacro -%}"
+
 _ROLES = {
     "system": "system",
     "developer": "developer",

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mergekit_pave.covariance import SecondMoment
+from mergekit_pave.algebra.second_moment import SecondMoment
 from mergekit_pave.errors import PaveError
 
 logger = logging.getLogger(__name__)
-
 Batch = Mapping[str, Tensor]
 
 

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.parameters import DATA_FREE, GENERATED
+from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 
 _POSITION_KEYS = (
     "max_position_embeddings",
@@ -23,6 +23,7 @@ _POSITION_KEYS = (
     "max_decoder_position_embeddings",
     "max_seq_len",
 )
+
 # Tokenizers without a limit report about 1e30.
 _NO_LIMIT = 10**9
 

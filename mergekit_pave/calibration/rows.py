@@ -6,79 +6,31 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mergekit_pave.calibration.sources import explained, local_path, open_source
+from mergekit_pave.calibration.faults import LOCAL_FILE, explained
 from mergekit_pave.errors import PaveError
-from mergekit_pave.parameters import DATA_FREE, GENERATED, PARAMETERS
+from mergekit_pave.models.names import _builder, local_path
+from mergekit_pave.recipe.parameters import GENERATED, PARAMETERS, CalibrationSpec
 
 logger = logging.getLogger(__name__)
-
 CHAT_COLUMNS = ("messages", "conversations")
 TOKENS, MASK = "input_ids", "attention_mask"
 # Rows held while a stream is shuffled.
 SHUFFLE_BUFFER = 10_000
 
-_KEYS = {
-    "dataset": "calibration_dataset",
-    "config": "calibration_config",
-    "split": "calibration_split",
-    "text_column": "text_column",
-    "num_samples": "num_calibration_samples",
-    "max_seq_length": "max_seq_length",
-    "batch_size": "calibration_batch_size",
-    "seed": "calibration_seed",
-}
-
-
-def _default(field: str) -> Any:
-    return PARAMETERS[_KEYS[field]].default
-
 
 class SkipRow(Exception):
     """The row holds nothing usable; the message is the reason that is counted."""
-
-
-@dataclass(frozen=True)
-class CalibrationSpec:
-    """One model's calibration data, straight from the YAML keys."""
-
-    dataset: str
-    config: str | None = _default("config")
-    split: str = _default("split")
-    text_column: str = _default("text_column")
-    num_samples: int = _default("num_samples")
-    max_seq_length: int = _default("max_seq_length")
-    batch_size: int = _default("batch_size")
-    seed: int = _default("seed")
-
-    @property
-    def generated(self) -> bool:
-        """Whether the model writes the data itself; there are no rows to open then."""
-        return self.dataset == GENERATED
-
-    @classmethod
-    def from_parameters(cls, values: Mapping[str, Any]) -> CalibrationSpec:
-        """Read `calibration_dataset`, `text_column`, ... ; absent or null means the default."""
-        found = {
-            field.name: PARAMETERS[_KEYS[field.name]].validate(values.get(_KEYS[field.name]))
-            for field in fields(cls)}
-        if found["dataset"] is None:
-            raise PaveError(
-                "calibration_dataset is missing; name the model's own task data (a Hub id or a "
-                "local file) under its `parameters`.")
-        if found["dataset"] == DATA_FREE:
-            raise PaveError(
-                "calibration_dataset: none means no data, so nothing can be computed here; name "
-                "a dataset (a folder called none as ./none).")
-        return cls(**{name: value for name, value in found.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -210,3 +162,112 @@ def _bare(data: Any, features: dict[str, Any], columns: tuple[str, ...]) -> Any:
         if _is_image(features.get(name)):
             data = data.cast_column(name, datasets.Image(decode=False))
     return data
+
+
+# A Hub dataset above this many bytes, or of unknown size, is streamed: a few hundred rows
+# of a web corpus must not cost a download of all of it.
+STREAM_ABOVE = 10**9
+
+
+def open_source(spec: CalibrationSpec) -> Any:
+    """The split as a `Dataset`, or as an `IterableDataset` when it is streamed."""
+    with explained(spec), _no_progress_bars():
+        path = local_path(spec.dataset)
+        if path is None:
+            return _open_hub(spec)
+        if not path.exists():
+            raise PaveError(
+                f"calibration_dataset {spec.dataset!r} does not exist (looked for "
+                f"{path.absolute()}); correct the path, which is relative to the working "
+                "directory.")
+        return _open_local(path, spec)
+
+
+def _open_local(path: Path, spec: CalibrationSpec) -> Any:
+    import datasets
+
+    saved = path.is_dir() and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if spec.config is not None and (saved or path.is_file()):
+        raise PaveError(
+            f"calibration_config {spec.config!r} means nothing for the local data "
+            f"{spec.dataset!r}, which has no configurations; remove the key.")
+    if saved:
+        return _open_saved(path, spec)
+    if path.is_dir():
+        return datasets.load_dataset(str(path), spec.config, split=spec.split)
+    builder = _builder(path)
+    if builder is None:
+        raise PaveError(
+            f"calibration_dataset {spec.dataset!r} is not a kind of file that can be read; "
+            f"name {LOCAL_FILE}.")
+    if path.stat().st_size == 0:
+        raise PaveError(f"calibration_dataset {spec.dataset!r} is an empty file; name one "
+                        "with at least one row.")
+    name, options = builder
+    return datasets.load_dataset(
+        name, data_files=str(path), split=spec.split, cache_dir=_rows_cache(path), **options)
+
+
+def _rows_cache(path: Path) -> str:
+    """Where `datasets` keeps the rows of a file: it would tell one that was copied over another
+    only by its time of modification, which may have been copied along."""
+    import datasets
+
+    about = path.stat()
+    name = hashlib.sha256(f"{about.st_ino}|{about.st_ctime_ns}|{about.st_size}".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "mergekit-pave" / name.hexdigest()[:16])
+
+
+def _open_saved(path: Path, spec: CalibrationSpec) -> Any:
+    """A folder written by `save_to_disk`; split names and slices mean what they do elsewhere."""
+    import datasets
+
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        splits = dict(data)
+    else:
+        # One saved split is what was meant, whatever it was called when it was made.
+        splits = {"train": data, re.split(r"[\[+]", str(data.split or "train"))[0]: data}
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(spec.split).to_absolute(lengths)
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _open_hub(spec: CalibrationSpec) -> Any:
+    import datasets
+
+    if "://" in spec.dataset:
+        name, options = _builder(Path(spec.dataset)) or (spec.dataset, {})
+        return datasets.load_dataset(name, data_files=spec.dataset, split=spec.split, **options)
+    builder = datasets.load_dataset_builder(spec.dataset, spec.config)
+    size = builder.info.download_size
+    small = size is not None and size <= STREAM_ABOVE
+    if small or datasets.config.HF_HUB_OFFLINE:
+        return datasets.load_dataset(spec.dataset, spec.config, split=spec.split)
+    if re.search(r"[\[+]", spec.split):
+        # A stream cannot be sliced, so an explicit slice is paid for with the download.
+        logger.warning(
+            "calibration_split %r downloads all of %s (%s); a plain split name is streamed.",
+            spec.split, spec.dataset, "unknown size" if size is None else f"{size / 1e9:.1f} GB")
+        return datasets.load_dataset(spec.dataset, spec.config, split=spec.split)
+    logger.info("Streaming %s.", spec.dataset)
+    return datasets.load_dataset(spec.dataset, spec.config, split=spec.split, streaming=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence the bars of sub-second local reads, and leave the user's setting as it was."""
+    from datasets.utils import are_progress_bars_disabled
+    from datasets.utils import disable_progress_bars as disable
+    from datasets.utils import enable_progress_bars as enable
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable()
+    try:
+        yield
+    finally:
+        enable()

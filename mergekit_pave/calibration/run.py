@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import align_module_device
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -20,45 +23,17 @@ from mergekit_pave.calibration.collect import (
     plan_sites,
     windows,
 )
-from mergekit_pave.calibration.data import CalibrationSpec, Samples, batches, load_samples
-from mergekit_pave.calibration.finish import culprit, finish
-from mergekit_pave.calibration.folders import locked, make_folder
-from mergekit_pave.calibration.generated import generated_samples
-from mergekit_pave.calibration.model import LinearLayers, ModelSource, linear_layers, load_model
-from mergekit_pave.calibration.resources import Resources, cache_folder, parse_bytes
-from mergekit_pave.calibration.workers import ALONE, Workers
+from mergekit_pave.calibration.generate import generated_samples
+from mergekit_pave.calibration.load import Resources, load_model
+from mergekit_pave.calibration.processes import ALONE, Workers
+from mergekit_pave.calibration.samples import Samples, batches, load_samples
 from mergekit_pave.errors import PaveError
-from mergekit_pave.store import FORMAT, MANIFEST, CovarianceStore, StoreWriter, write_atomically
-
-__all__ = [
-    "Resources", "Workers", "cache_folder", "cached_store", "calibrate", "calibrate_to",
-    "parse_bytes", "samples_of",
-]
-
-
-def cached_store(
-    source: ModelSource, spec: CalibrationSpec, resources: Resources
-) -> CovarianceStore:
-    """The store for this model and data from the cache, computed first if it is not there.
-
-    Its address is the content of both: the model's weights and settings, and the calibration
-    tensors.
-    Processes that want the same store wait for one another; an interrupted one is resumed.
-    """
-    samples = samples_of(source, spec, resources)
-    identity = source.identity()
-    key = hashlib.sha256(f"{FORMAT}|{identity}|{samples.digest}".encode()).hexdigest()[:32]
-    folder = cache_folder() / key
-    if not (folder / MANIFEST).exists():
-        make_folder(folder.parent)
-        with locked(folder.parent / f"{key}.lock"):
-            if not (folder / MANIFEST).exists():
-                return calibrate(source, samples, folder, resources, spec.batch_size, identity)
-    store = CovarianceStore(folder)
-    # The same rows may have had another name when they were counted, one that is not to be
-    # published any more.
-    store.manifest["data"] = samples.about
-    return store
+from mergekit_pave.models.layers import LinearLayers, is_transposed, linear_layers, warn_of_unseen
+from mergekit_pave.models.source import ModelSource, culprit
+from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.storage.covariances import FORMAT, MANIFEST, CovarianceStore, StoreWriter, Weight
+from mergekit_pave.storage.files import locked, make_folder, write_atomically
+from mergekit_pave.storage.identity import fingerprint
 
 
 def calibrate_to(
@@ -211,3 +186,62 @@ def _begin(folder: Path, begun: dict[str, Any]) -> StoreWriter:
     for left in folder.glob(".offload-*"):  # by processes that were killed
         shutil.rmtree(left, ignore_errors=True)
     return StoreWriter(folder)
+
+
+logger = logging.getLogger(__name__)
+
+
+def finish(
+    writer: StoreWriter,
+    source: ModelSource,
+    samples: Samples,
+    layers: LinearLayers,
+    sites: Sequence[SitePlan],
+    identity: str,
+) -> CovarianceStore:
+    """Write fingerprints and manifest of a store whose covariances are all there.
+
+    Raises:
+        PaveError: no layer saw an input.
+    """
+    weights, skipped = {}, dict(layers.skipped)
+    for site in sites:
+        for name in site.weights:
+            if site.name in writer.sites:
+                weights[name] = _entry(site.name, layers.modules[name])
+            else:
+                what = "zero throughout" if site.calls else "never seen in"
+                skipped[name] = f"its input was {what} the forward passes"
+    if not weights:
+        raise PaveError(
+            f"No linear layer of {source.label} saw an input other than zero during "
+            "calibration: it overflows, or its architecture cannot be purified."
+        )
+    _warn_about(source, writer, skipped)
+    about = {
+        "model": {"id": source.label, "revision": source.revision, "digest": identity},
+        "data": samples.about,
+        "versions": {
+            name: version(name) for name in ("mergekit-pave", "torch", "transformers", "accelerate")
+        },
+    }
+    return writer.finish(weights, skipped, about)
+
+
+def _entry(site: str, module: nn.Module):
+    with align_module_device(module):
+        weight = module.weight
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return Weight(site, tuple(weight.shape), is_transposed(module), dtype), fingerprint(weight)
+
+
+def _warn_about(source: ModelSource, writer: StoreWriter, skipped: dict[str, str]) -> None:
+    warn_of_unseen(source.label, skipped)
+    short = [(s.count / s.width, name) for name, s in writer.sites.items() if s.count < s.width]
+    if short:
+        ratio, name = min(short)
+        logger.warning(
+            "%s: %d of %d covariances come from fewer tokens than features (least: %s, %.2f tokens "
+            "per feature); about %.0f times as many samples would fill them.",
+            source.label, len(short), len(writer.sites), name, ratio, 1 / ratio,
+        )

@@ -17,17 +17,12 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_pave.check.finding import Finding
-from mergekit_pave.check.inputs import check_inputs, configuration
-from mergekit_pave.check.keys import check_keys, ignored, is_ours, looks_like_ours, read_yaml
+from mergekit_pave.check.keys import check_keys
 from mergekit_pave.check.models import Allowances, check_data, check_models
-from mergekit_pave.check.output import check_output
+from mergekit_pave.check.rules import check_inputs, check_output
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions
-
-__all__ = [
-    "Allowances", "Finding", "check", "ignored", "is_ours", "looks_like_ours", "preflight",
-    "read_yaml",
-]
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.recipe.reading import configuration, read_yaml
 
 
 def check(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import yaml
 from mergekit import merge_methods
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputSliceDefinition
 from mergekit.merge_methods import MergeMethod, ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 from mergekit.tokenizer.config import TokenizerConfig
 
-from mergekit_pave.check.finding import Finding, error, nearest, suggestion
+from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
-from mergekit_pave.method import PREFIX
-from mergekit_pave.parameters import PARAMETERS
+from mergekit_pave.recipe.parameters import PARAMETERS, PREFIX
+from mergekit_pave.recipe.spelling import _ours, nearest, our_method, suggestion
 
 # `name` is what mergekit-multi calls a merge, and stays behind in the files it made.
 _TOP = (*MergeConfiguration.model_fields, "name")
@@ -25,74 +23,6 @@ _SOURCE = (*_MODEL, "layer_range")
 _SLICE = tuple(OutputSliceDefinition.model_fields)
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 _MODULE = ("slices", "models", "parameters", "name")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML readers silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"the key {key.value!r} is given twice, keep one of them",
-                        problem_mark=key.start_mark,
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str, name: str = "The configuration") -> Any:
-    """Parse one YAML document; raises `PaveError` with the line of what is wrong."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as fault:
-        mark = fault.problem_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        if "expected a single document" in str(fault):
-            raise PaveError(
-                f"{name} holds several YAML documents{where}: put the one to check in a file "
-                "of its own."
-            ) from fault
-        raise PaveError(f"{name} is not valid YAML: {fault.problem}{where}.") from fault
-    except yaml.YAMLError as fault:
-        raise PaveError(f"{name} is not valid YAML: {' '.join(str(fault).split())}.") from fault
-
-
-# --- the method ----------------------------------------------------------------------------
-
-
-def is_ours(name: str) -> bool:
-    """Whether a registered method is one that this package brought."""
-    return name in _ours()
-
-
-def _ours() -> list[str]:
-    registered = merge_methods.registered_methods()
-    package = __name__.partition(".")[0] + "."
-    return [m.spec.name for m in registered if type(m).__module__.startswith(package)]
-
-
-def our_method(name: str) -> MergeMethod:
-    """The registered method of ours of that name, or `PaveError` with the nearest ones."""
-    ours = _ours()
-    if name in ours:
-        return merge_methods.get(name)
-    if PREFIX + name in ours:
-        hint = f"its purified form is {PREFIX + name}."
-    else:
-        near = nearest(name, ours)
-        hint = f"did you mean {near}?" if near else "they are: " + ", ".join(ours) + "."
-    raise PaveError(f"merge_method: {name!r} is not a merge method of mergekit-pave; {hint}")
-
-
-def looks_like_ours(name: str) -> bool:
-    """Whether an unknown method name was meant to be one of ours (`pave-ties`, `pvae_tie`)."""
-    known = [method.spec.name for method in merge_methods.registered_methods()]
-    plain = name.lower().replace("-", "_")
-    near = difflib.get_close_matches(plain, known, 1, 0.75)
-    return name not in known and ("pave" in plain or bool(near and is_ours(near[0])))
 
 
 def ignored(config: MergeConfiguration) -> str | None:
@@ -119,9 +49,6 @@ def _parameter_names(raw: Any) -> Iterator[str]:
         yield from raw.get("parameters") or {}
         for value in raw.values():
             yield from _parameter_names(value)
-
-
-# --- keys ----------------------------------------------------------------------------------
 
 
 def check_keys(raw: Any) -> Iterator[Finding]:
@@ -206,9 +133,6 @@ def _unknown(
         else:
             hint = suggestion(str(key), fields)
         yield error(where or "top level", f"unknown key {key!r}; {hint}")
-
-
-# --- values --------------------------------------------------------------------------------
 
 
 def _check_parameters(

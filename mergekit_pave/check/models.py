@@ -13,15 +13,16 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
-from mergekit_pave.calibration.data import open_rows, refuse_unreadable
 from mergekit_pave.calibration.limits import refuse_unless_causal
-from mergekit_pave.calibration.model import ModelSource, refuse_quantised
+from mergekit_pave.calibration.rows import open_rows
+from mergekit_pave.calibration.samples import refuse_unreadable
+from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
-from mergekit_pave.check.inputs import Input, calibration_spec, inputs
 from mergekit_pave.errors import PaveError
-from mergekit_pave.locate import LoaderOptions, fetch_store
-from mergekit_pave.merging.planning import named_otherwise
-from mergekit_pave.store import CovarianceStore
+from mergekit_pave.models.planned import named_otherwise
+from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
+from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
+from mergekit_pave.storage.covariances import CovarianceStore
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -129,42 +130,6 @@ def _mergeable(
     return config
 
 
-def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConfig:
-    """A model's config; raises `PaveError` when it is missing, unreadable or quantised."""
-    path = model.model.path
-    if path.lower().endswith(".gguf"):
-        raise PaveError(f"{path} is a quantised GGUF file: name the full-precision checkpoint.")
-    folder = Path(path)
-    if path.startswith(("/", ".", "~")) and not folder.exists():
-        raise PaveError(f"There is no model folder {path}: correct the path.")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise PaveError(_no_config(folder))
-    try:
-        config = model.config(trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError) as fault:
-        reason = str(fault).strip().splitlines()[0].rstrip(".:")
-        if "trust_remote_code" in str(fault):
-            reason = "it needs Python code of its own repository"
-            mend = "read that code, and add --trust-remote-code if you trust it"
-        elif folder.exists():
-            mend = "repair its config.json, or upgrade transformers for a new architecture"
-        else:
-            mend = "check the name, the network and, for a gated model, `hf auth login`"
-        raise PaveError(f"Cannot read the config of {path} ({reason}): {mend}.") from fault
-    refuse_quantised(config, path)
-    return config
-
-
-def _no_config(folder: Path) -> str:
-    if folder.is_file():
-        return f"{folder} is a file: name the folder of a Hugging Face checkpoint."
-    if (folder / "adapter_config.json").exists():
-        return f"{folder} is an adapter: name it behind its model, as `MODEL+{folder}`."
-    if any(folder.glob("*.gguf")):
-        return f"{folder} holds a quantised GGUF file: name the full-precision checkpoint."
-    return f"The folder {folder} has no config.json: name the folder of a whole checkpoint."
-
-
 def _check_adapter(entry: Input) -> None:
     path = Path(entry.model.lora.path)
     looks_local = str(path).startswith(("/", ".", "~"))
@@ -173,9 +138,6 @@ def _check_adapter(entry: Input) -> None:
             f"{entry.where}: there is no adapter in {path} (no adapter_config.json); correct "
             "the path (what follows a `+` is read as an adapter)."
         )
-
-
-# --- data ----------------------------------------------------------------------------------
 
 
 def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
@@ -222,3 +184,5 @@ def _check_owner(store: CovarianceStore, entry: Input) -> None:
     # Without a common name only the values can tell, all of them.
     if first:
         store.verify(iter(first), folder.name)
+
+

@@ -3,3 +3,4 @@
 `measure` is algebra on tensors, `gather` finds the tensors, `build` makes the one dictionary
 that `summary`, `figures` and `page` read. Nothing of a merge imports this package.
 """
+

@@ -27,6 +27,7 @@ STRONG, WEAK = "#0868ac", "#c9510c"
 MODELS = ("#0b6fb3", "#ca5a0a", "#0a8f6c", "#b4609a", "#b98203", "#4f9fd0", "#7d7d85")
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", STRONG: "strong", WEAK: "weak",
               **{colour: f"m{i}" for i, colour in enumerate(MODELS)}}
+
 _STYLE = {
     "font.family": "sans-serif", "font.size": 8, "svg.fonttype": "none",
     "svg.hashsalt": "mergekit-pave", "text.parse_math": False, "text.color": INK,
@@ -38,6 +39,7 @@ _STYLE = {
     "ytick.labelsize": 7.5, "axes.labelsize": 8, "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round", "axes.formatter.use_mathtext": False,
 }
+
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Inches of a panel, and panels side by side in a PNG. On a phone a panel is about that wide,
 # so that its text can be read there.

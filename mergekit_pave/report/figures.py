@@ -5,12 +5,13 @@ Panels of one figure share their axes, so that they can be compared at a glance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from math import isfinite, nan
 from statistics import mean, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mergekit_pave.report import maps
+from mergekit_pave.report.build import TOKENS_PER_DIMENSION
 from mergekit_pave.report.drawing import (
     INK,
     MODELS,
@@ -21,20 +22,12 @@ from mergekit_pave.report.drawing import (
     Key,
     Panel,
     curves,
+    heat,
     log_axis,
+    ramp,
     ticks,
 )
-from mergekit_pave.report.grouping import (
-    Layers,
-    Report,
-    by_block,
-    by_model,
-    grid,
-    kinds,
-    layer_label,
-    pointwise,
-)
-from mergekit_pave.report.sample import spread
+from mergekit_pave.report.survey import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +39,8 @@ FLOOR = 1e-9
 
 def drawings(report: Report) -> dict[str, Drawing]:
     """Every figure by name, in the order of the page."""
-    made = (_spectra, _spectra_by_depth, maps.ranks, _errors, _energy, _interference,
-            maps.overlap, maps.covariances)
+    made = (_spectra, _spectra_by_depth, ranks, _errors, _energy, _interference,
+            overlap, covariances)
     return {drawing.name: drawing for drawing in (make(report) for make in made)}
 
 
@@ -56,8 +49,6 @@ def limits(values: Iterable[float]) -> tuple[float, float] | None:
     seen = [v for v in values if isfinite(v) and v > 0]
     return (min(seen) / 1.4, max(seen) * 1.4) if seen else None
 
-
-# --- spectra -------------------------------------------------------------------------------
 
 _SPECTRUM_KEYS = (Key("weighted by the covariance", STRONG), Key("plain SVD", WEAK, "dashed"))
 
@@ -103,9 +94,6 @@ def _spectrum_drawing(
 
     panels = [Panel(title, lambda axes, both=both: draw(axes, both)) for title, both in parts]
     return Drawing(name, tuple(panels), _SPECTRUM_KEYS)
-
-
-# --- error and energy ----------------------------------------------------------------------
 
 
 def _errors(report: Report) -> Drawing:
@@ -177,9 +165,6 @@ def _energy_lines(report: Report, layers: Layers) -> tuple[list[str], dict[str, 
     return blocks, both
 
 
-# --- interference --------------------------------------------------------------------------
-
-
 def _interference(report: Report) -> Drawing:
     keys = (Key("before purification", WEAK, "dashed"), Key("after purification", STRONG))
     parts = {kind: _interference_lines(layers) for kind, layers in kinds(report).items()}
@@ -218,3 +203,170 @@ def _at(x: Sequence[float], y: Sequence[float], place: float) -> float:
 def _layer_axis(axes: Axes, blocks: Sequence[str]) -> None:
     ticks(axes, "x", blocks)
     axes.set_xlabel("layer")
+
+
+Report = Mapping[str, Any]
+Row = Mapping[str, Any]
+Layers = list[Mapping[str, Any]]
+# More kinds of weights than this are left to the JSON: the largest are drawn.
+MOST_KINDS = 9
+# Names of more models than this do not fit beside a panel.
+MOST_NAMES = 8
+
+
+def kinds(report: Report) -> dict[str, Layers]:
+    """The layers by kind, by name; at most `MOST_KINDS`, the largest."""
+    groups: dict[str, Layers] = {}
+    for layer in report["layers"]:
+        groups.setdefault(layer["kind"], []).append(layer)
+    sizes = {kind: sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+             for kind, layers in groups.items()}
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:MOST_KINDS]
+    return {kind: layers for kind, layers in groups.items() if kind in largest}
+
+
+def by_model(layers: Layers) -> dict[int, list[Row]]:
+    """Model number -> its rows."""
+    groups: dict[int, list[Row]] = {}
+    for layer in layers:
+        for row in layer["models"]:
+            groups.setdefault(row["model"], []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def by_block(layers: Layers) -> dict[str, Layers]:
+    """Label of the block -> its layers, from the first to the last."""
+
+    def number(layer: Mapping[str, Any]) -> int:
+        return -1 if layer["block"] is None else layer["block"]
+
+    ordered = sorted(layers, key=number)
+    return {"–" if block < 0 else str(block): list(group)
+            for block, group in groupby(ordered, number)}
+
+
+def grid(
+    report: Report, layers: Layers, value: Callable[[Row, Mapping[str, Any]], float]
+) -> tuple[list[list[float | None]], list[str]]:
+    """(models, blocks) means of `value(row, layer)`, and the blocks' labels."""
+    groups = by_block(layers)
+    cells: dict[tuple[int, str], list[float]] = {}
+    for block, group in groups.items():
+        for layer in group:
+            for row in layer["models"]:
+                cells.setdefault((row["model"], block), []).append(value(row, layer))
+    rows = [[mean(cells[n, b]) if (n, b) in cells else None for b in groups]
+            for n in range(len(report["models"]))]
+    return rows, list(groups)
+
+
+def pointwise(
+    combine: Callable[[Iterable[float]], float], lines: Sequence[Sequence[float]]
+) -> list[float]:
+    """One line from many of the same length."""
+    return [combine(values) for values in zip(*lines, strict=True)]
+
+
+def layer_label(layer: Mapping[str, Any]) -> str:
+    return "outside the layers" if layer["block"] is None else f"layer {layer['block']}"
+
+
+def model_labels(report: Report) -> list[str]:
+    """Names while they fit beside a panel, else the numbers of the page's table."""
+    names = report["models"]
+    if len(names) > MOST_NAMES:
+        return [str(i + 1) for i in range(len(names))]
+    return [f"{i + 1} {_short(name)}" for i, name in enumerate(names)]
+
+
+def _short(name: str, length: int = 14) -> str:
+    name = name.rpartition("/")[2]
+    return name if len(name) <= length else f"{name[:6]}…{name[-(length - 7):]}"
+
+
+Matrix = list[list[float | None]]
+
+
+def ranks(report: Report) -> Drawing:
+    """Kept ranks, a panel per kind: layers across, models down."""
+    names = model_labels(report)
+    low = min((row["kept"] / layer["rank"] for layer in report["layers"]
+               for row in layer["models"]), default=0.0)
+
+    def draw(axes: Axes, matrix: Matrix, blocks: list[str]) -> None:
+        percent = [[None if v is None else 100 * v for v in row] for row in matrix]
+        heat(axes, percent, 100 * low, 100.0, columns=blocks, rows=names,
+             written=".1f" if len(blocks) <= 8 else None)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("model")
+
+    panels = []
+    for kind, layers in kinds(report).items():
+        part = grid(report, layers, lambda row, layer: row["kept"] / layer["rank"])
+        panels.append(Panel(kind, lambda axes, part=part: draw(axes, *part), _height(len(names))))
+    return Drawing("ranks", tuple(panels), ramp=ramp(f"{low:.1%} of the rank kept", "100%"))
+
+
+def overlap(report: Report) -> Drawing:
+    """Mean overlap of every two models: of their task vectors, and of what they drop."""
+    parts = report["summary"]["overlap"]
+    names = model_labels(report)
+    high = max((v for part in parts.values() for i, row in enumerate(part["matrix"])
+                for j, v in enumerate(row) if v is not None and i != j), default=1.0)
+    titles = {"output": "task vectors: output side", "input": "task vectors: input side",
+              "dropped": "dropped by PAVE"}
+
+    def draw(axes: Axes, matrix: Matrix) -> None:
+        # A model shares everything with itself; the colours are for the others.
+        others = [[None if i == j else v for j, v in enumerate(row)]
+                  for i, row in enumerate(matrix)]
+        heat(axes, others, 0.0, max(high, 1e-12), rows=names, written=".2f",
+             columns=[str(i + 1) for i in range(len(names))])
+        axes.set_xlabel("model")
+
+    panels = tuple(
+        Panel(f"{title} (chance {parts[key]['chance'] or 0:.2f})",
+              lambda axes, key=key: draw(axes, parts[key]["matrix"]),
+              max(0.6, _height(len(names))))
+        for key, title in titles.items())
+    return Drawing("overlap", panels, ramp=ramp("0, nothing shared", f"{high:.2f}"))
+
+
+def covariances(report: Report) -> Drawing:
+    """How much data every covariance saw, and how many directions the data fill."""
+
+    def tokens(axes: Axes) -> None:
+        _strip(axes, report, lambda c: c["tokens_per_dimension"])
+        axes.axvline(1, color=WEAK, linestyle="--", linewidth=1)
+        axes.axvline(TOKENS_PER_DIMENSION, color=MUTED, linestyle="--", linewidth=1)
+        axes.set_xlabel("tokens per dimension")
+        log_axis(axes, "x")
+
+    def filled(axes: Axes) -> None:
+        _strip(axes, report, lambda c: c["effective_rank"] and
+               100 * c["effective_rank"] / c["width"])
+        axes.set_xlim(left=0)
+        axes.set_xlabel("effective rank (% of the width)")
+
+    height = _height(len(report["models"]))
+    keys = (Key("one covariance", STRONG, "dot"), Key("below 1: singular", WEAK, "dashed"),
+            Key(f"below {TOKENS_PER_DIMENSION:g}: noisy", MUTED, "dashed"))
+    return Drawing("covariances", (Panel("how much data", tokens, height),
+                                   Panel("how many directions they fill", filled, height)), keys)
+
+
+def _strip(
+    axes: Axes, report: Report, value: Callable[[Mapping[str, Any]], float | None]
+) -> None:
+    points = [(value(c), c["model"]) for c in report["covariances"]]
+    points = [(x, y) for x, y in points if x]
+    axes.plot([x for x, _ in points], [y for _, y in points], "o", color=STRONG, markersize=3,
+              alpha=0.45 if len(points) < 500 else 0.2, markeredgewidth=0)
+    names = model_labels(report)
+    ticks(axes, "y", names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylabel("model")
+
+
+def _height(models: int) -> float:
+    return min(0.36 + 0.06 * max(models, 2), 1.25)

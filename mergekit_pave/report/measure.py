@@ -18,6 +18,7 @@ SHARES = (
     0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99,
     0.995, 0.998, 1.0,
 )
+
 # "Nearly all" of the energy, for the share of directions that hold it.
 NEARLY_ALL = 0.99
 

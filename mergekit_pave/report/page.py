@@ -12,12 +12,11 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.report.build import TOKENS_PER_DIMENSION
 from mergekit_pave.report.drawing import MOST_LINES, SUPERSCRIPT, Drawing, png, svg
-from mergekit_pave.report.figures import drawings
-from mergekit_pave.report.grouping import MOST_KINDS, kinds
+from mergekit_pave.report.figures import MOST_KINDS, drawings, kinds
 from mergekit_pave.report.measure import NEARLY_ALL
-from mergekit_pave.report.summary import TOKENS_PER_DIMENSION
-from mergekit_pave.store import write_atomically
+from mergekit_pave.storage.files import write_atomically
 
 
 def write(report: Mapping[str, Any], folder: Path) -> None:
@@ -91,4 +90,3 @@ def _digits(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
-

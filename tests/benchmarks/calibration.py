@@ -35,10 +35,10 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from mergekit_pave.algebra.second_moment import SecondMoment
 from mergekit_pave.calibration.collect import collect_window, forward, plan_sites, watching
-from mergekit_pave.calibration.model import linear_layers
-from mergekit_pave.covariance import SecondMoment
-from mergekit_pave.store import StoreWriter
+from mergekit_pave.models.layers import linear_layers
+from mergekit_pave.storage.covariances import StoreWriter
 
 ROWS, LENGTH, BATCHES = 8, 128, 4
 

@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 from purify import RATIO, activations, weights
 
-from mergekit_pave.allocation import allocate, cap
-from mergekit_pave.covariance import SecondMoment
-from mergekit_pave.store import StoreWriter
-from mergekit_pave.subspace import damped, purify, tail
+from mergekit_pave.algebra.allocation import allocate, cap
+from mergekit_pave.algebra.second_moment import SecondMoment
+from mergekit_pave.algebra.subspace import damped, purify, tail
+from mergekit_pave.storage.covariances import StoreWriter
 
 SHAPES = {
     "roberta": [(768, 768), (3072, 768), (768, 3072)],

@@ -34,8 +34,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergekit_pave.allocation import allocate, cap
-from mergekit_pave.subspace import damped, purify, tail
+from mergekit_pave.algebra.allocation import allocate, cap
+from mergekit_pave.algebra.subspace import damped, purify, tail
 
 RATIO = 0.98
 TOKENS = 4096

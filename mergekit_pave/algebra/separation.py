@@ -1,0 +1,121 @@
+"""What a task vector may keep when the other tasks' inputs are to stay as they are.
+
+`D_t` (out, in) is the task vector of a linear layer, `C_s` (in, in) the second moment of its inputs
+on task `s`. Added to the base, `D_t` does its work on its own inputs, `E |D_t x_t|^2`, and harm on
+those of the others, `E |D_t x_s|^2 = tr(D_t C_s D_t^T)`. The matrix that is closest to it on its
+own inputs while doing little on theirs,
+
+    min_D'  E |(D' - D_t) x_t|^2  +  mu sum_{s != t} E |D' x_s|^2  +  e |D'|^2,
+
+is, by its normal equations,
+
+    D_t' = D_t C_t (C_t + mu sum_{s != t} C_s + e I)^-1.
+
+`mu = 0` is the task vector itself, as far as its data reaches. With `mu = 1` the denominator is the
+same for all tasks, and the sum of all `D_t'` is RegMean's closed form (arXiv 2212.09849).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_pave.algebra.numeric import cholesky, double
+
+
+@torch.no_grad()
+def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
+    """`D_t C_t M^-1` (out, in) float64.
+
+    Args:
+        delta: `D_t` (out, in).
+        own: `C_t` (in, in).
+        allowed: `M = C_t + mu sum C_s`, damped (`subspace.damped`), float64; overwritten.
+
+    Raises:
+        torch.linalg.LinAlgError: `M` is not positive definite.
+    """
+    factor = cholesky(allowed)
+    moved = own.to(factor) @ delta.to(factor).mT
+    return torch.cholesky_solve(moved, factor).mT
+
+
+# Of the mean diagonal: a feature that no model's data ever activates must not divide by zero.
+_FLOOR = 1e-9
+# Of the largest singular value: rounding.
+_NULL = 1e-10
+
+
+def regmean(
+    deltas: Iterable[Tensor],
+    covariances: Sequence[Callable[[], Tensor]],
+    weights: Sequence[float],
+    off_diagonal: float,
+    averaging: float = 1.0,
+) -> Tensor:
+    """The merged task vector (out, in) float64 of one linear layer.
+
+    Args:
+        deltas: (out, in) each.
+        covariances: read (in, in) each, one for every delta; two are held at a time.
+        weights: of the models' errors.
+        off_diagonal: factor on the covariances off their diagonal.
+        averaging: `mu`.
+
+    Raises:
+        ValueError: the covariances are not finite or all empty.
+    """
+
+    def moment(model: int) -> Tensor:
+        c = double(covariances[model]()) * weights[model]
+        diagonal = c.diagonal().clone()
+        c.mul_(off_diagonal).diagonal().copy_(diagonal)
+        return c
+
+    if averaging == 1:
+        total, moved = None, None
+        for model, delta in enumerate(deltas):
+            c = moment(model)
+            part = c @ delta.to(c).mT
+            total, moved = (c, part) if total is None else (total.add_(c), moved.add_(part))
+        return torch.cholesky_solve(moved, _factor(total)).mT
+    total = None
+    for model in range(len(weights)):
+        total = moment(model) if total is None else total.add_(moment(model))
+    merged = None
+    for model, delta in enumerate(deltas):
+        # Without data an unchanged weight has an empty covariance.
+        if weights[model] == 0 or not delta.any():
+            continue
+        c = moment(model)
+        part = separate(delta, c, _floored(torch.lerp(c, total, averaging)))
+        merged = part if merged is None else merged.add_(part)
+    return merged
+
+
+def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
+    """`U S^(1 - p) V^T` (out, in) with the mean singular value of `delta = U S V^T`; what is not
+    above `noise` counts as 0."""
+    if flattening == 0 or not delta.any():
+        return delta
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    # Null directions stay null: S^0 would give them the strength of all others.
+    s = torch.where((s > _NULL * s[0]) & (s > noise), s, 0)
+    if not s.any():
+        return delta
+    powers = torch.where(s > 0, s ** (1 - flattening), 0)
+    return (u * (powers * (s.mean() / powers.mean()))) @ vh
+
+
+def _floored(moment: Tensor) -> Tensor:
+    mean = moment.diagonal().mean()
+    if not mean > 0 or not mean.isfinite():
+        raise ValueError("the covariances are empty or not finite")
+    moment.diagonal().add_(_FLOOR * mean)
+    return moment
+
+
+def _factor(moment: Tensor) -> Tensor:
+    return cholesky(_floored(moment))

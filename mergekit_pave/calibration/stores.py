@@ -1,0 +1,103 @@
+"""A model's covariance store: the one it names, or the cached one, computed if need be."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.run import calibrate, samples_of
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.source import _NOT_THERE, LoaderOptions, ModelSource
+from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.storage.covariances import FINGERPRINTS, FORMAT, MANIFEST, CovarianceStore
+from mergekit_pave.storage.files import cache_folder, locked, make_folder
+
+
+def cached_store(
+    source: ModelSource, spec: CalibrationSpec, resources: Resources
+) -> CovarianceStore:
+    """The store for this model and data from the cache, computed first if it is not there.
+
+    Its address is the content of both: the model's weights and settings, and the calibration
+    tensors.
+    Processes that want the same store wait for one another; an interrupted one is resumed.
+    """
+    samples = samples_of(source, spec, resources)
+    identity = source.identity()
+    key = hashlib.sha256(f"{FORMAT}|{identity}|{samples.digest}".encode()).hexdigest()[:32]
+    folder = cache_folder() / key
+    if not (folder / MANIFEST).exists():
+        make_folder(folder.parent)
+        with locked(folder.parent / f"{key}.lock"):
+            if not (folder / MANIFEST).exists():
+                return calibrate(source, samples, folder, resources, spec.batch_size, identity)
+    store = CovarianceStore(folder)
+    # The same rows may have had another name when they were counted, one that is not to be
+    # published any more.
+    store.manifest["data"] = samples.about
+    return store
+
+
+def fetch_store(
+    where: str, options: LoaderOptions, covariances: bool = True
+) -> CovarianceStore:
+    """Open the store at a local folder, or download it from the Hub (data set or model).
+
+    Args:
+        where: folder or Hub id, perhaps `ID@REVISION`.
+        options: the Hub's cache.
+        covariances: False to download only what tells whose they are.
+
+    Raises:
+        PaveError: there is no complete store.
+    """
+    if os.path.exists(where) or where.startswith((".", "/", "~")):
+        return CovarianceStore(Path(os.path.expanduser(where)))
+    repo, _, revision = where.partition("@")
+    error: Exception | None = None
+    for repo_type in ("dataset", "model"):
+        try:
+            folder = snapshot_download(
+                repo,
+                repo_type=repo_type,
+                revision=revision or None,
+                cache_dir=options.cache_dir,
+                allow_patterns=[MANIFEST, "*.safetensors" if covariances else FINGERPRINTS],
+            )
+            return CovarianceStore(folder, complete=covariances)
+        except _NOT_THERE as failure:
+            error = failure
+    raise PaveError(
+        f"covariance: {where!r} is neither a local folder nor a covariance store on the Hub "
+        f"that can be reached ({type(error).__name__})."
+    ) from error
+
+
+def open_store(
+    source: ModelSource, values: Mapping[str, Any], options: LoaderOptions, device: torch.device
+) -> CovarianceStore:
+    """A model's covariances: the store it names, else the cached one, computed if need be.
+
+    Args:
+        source: the model.
+        values: its parameters by name, `covariance` or the calibration keys among them.
+        options: for a store that has to be downloaded.
+        device: for forward passes.
+
+    Raises:
+        PaveError: no store, no data, or statistics of other weights.
+    """
+    if values["covariance"]:
+        store = fetch_store(values["covariance"], options)
+    else:
+        spec = CalibrationSpec.from_parameters(values)
+        store = cached_store(source, spec, Resources.from_environment(device.type))
+    store.verify(source.tensors(), source.label)
+    return store

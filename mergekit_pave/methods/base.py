@@ -1,0 +1,178 @@
+"""What all methods of ours do while mergekit plans a merge, before it comes to single tensors."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.merge_methods import (
+    GroupMergeMethod,
+    ParameterScope,
+    PerInputValues,
+    TensorEntry,
+    TensorGroup,
+)
+from mergekit.merge_methods.base import ParameterSpec
+from torch import Tensor
+
+from mergekit_pave.algebra.papers import EMR, REGMEAN, TSV, Paper
+from mergekit_pave.errors import PaveError
+from mergekit_pave.methods.layers import Layer, Statistics
+from mergekit_pave.models.planned import refuse_partial
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.recipe.parameters import Parameter
+
+# What mergekit's planner calls a run of layers.
+_WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
+
+
+class PlannedMethod(GroupMergeMethod):
+    """A merge method that refuses checkpoints of which mergekit would merge only a part."""
+
+    def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name and _WHOLE_SLICE.search(group_name):
+            # The planning thread is the only one that knows them.
+            options = LoaderOptions.of_this_thread()
+            refuse_partial([*input_ids, base_id], base_id, options)
+            self.prepare(options)
+
+    def prepare(self, options: LoaderOptions) -> None:
+        """Take over mergekit's loading options, if the method loads anything itself."""
+
+
+def is_matrix(group: TensorGroup) -> bool:
+    """Whether the tensors may be weights of linear layers: 2-D and no vocabulary."""
+    return group.entries[0].tensor.ndim == 2 and group.metadata.vocabulary_axis is None
+
+
+def of_model(values: Mapping[str, Any], model: Hashable) -> dict[str, Any]:
+    """One model's parameters out of those of all models."""
+    return {
+        name: value[model] if isinstance(value, PerInputValues) else value
+        for name, value in values.items()
+    }
+
+
+def layer_of(
+    statistics: Statistics, group: TensorGroup, entry: TensorEntry, values: Mapping[str, Any]
+) -> Layer | None:
+    """The linear layer behind one input of a group; `values` as mergekit bound them."""
+    name = group.metadata.name
+    return statistics.layer(
+        entry.id, name, entry.tensor, of_model(values, entry.id), group.base.tensor
+    )
+
+
+class CovarianceMethod(PlannedMethod):
+    """A method of the fine-tuned weights *and* their layers' inputs.
+
+    Its specification has the calibration keys. `merge_layers` is what it does, once the layers
+    are known; a purified twin knows them already, from the weights before purification.
+    """
+
+    treated = "merged by their covariances"
+    solves = True
+
+    def __init__(self, statistics: Statistics):
+        self.statistics = statistics
+
+    def prepare(self, options: LoaderOptions) -> None:
+        self.statistics.prepare(options)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        layers: dict[Hashable, Layer] = {}
+        if is_matrix(group):
+            for entry in group.non_base:
+                layer = layer_of(self.statistics, group, entry, parameters)
+                if layer is not None:
+                    layers[entry.id] = layer
+        self.statistics.count("purified" if layers else "plain", group.metadata.name)
+        return finite(self.merge_layers(group, layers, **parameters), group)
+
+    @abstractmethod
+    def merge_layers(
+        self, group: TensorGroup, layers: Mapping[Hashable, Layer], **parameters: Any
+    ) -> Tensor:
+        """Merge a group; `layers` holds those of its models that have a covariance here."""
+
+
+def check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
+    """Raise `PaveError` where a weight of `model` holds NaN or Inf."""
+    if not torch.isfinite(tensor).all():
+        raise PaveError(
+            f"{name} of {model} holds NaN or Inf; download or save that checkpoint again."
+        )
+
+
+def finite(merged: Tensor, group: TensorGroup) -> Tensor:
+    """`merged`; raises `PaveError` where it holds NaN or Inf, naming the model that brought it."""
+    if torch.isfinite(merged).all():
+        return merged
+    for entry in group.entries:
+        check_finite(entry.tensor, entry.id, group.metadata.name)
+    raise PaveError(
+        f"The merge of {group.metadata.name} holds NaN or Inf; lower the weights or lambda."
+    )
+
+
+@dataclass(frozen=True)
+class About:
+    """What a method of ours does, in Markdown, and where it comes from."""
+
+    text: str
+    papers: tuple[Paper, ...]
+
+
+_REST = "everything else (norms, biases, vocabulary) got the mean of the differences."
+
+# By the name of the method, or of the one that a purified twin wraps.
+ABOUT = {
+    "tsv_m": About(
+        "In every matrix, the leading singular directions of the models' differences from the "
+        f"base were made orthogonal to each other and added (TSV-Merge, {TSV.link}); {_REST}",
+        (TSV,)),
+    "regmean": About(
+        "Every linear weight was solved for in closed form, by the covariances of the models' "
+        f"layer inputs (RegMean, {REGMEAN.link}); {_REST}",
+        (REGMEAN,)),
+    "tsv_regmean": About(
+        "Every linear weight is a mixture of two merges. One makes the leading singular directions "
+        f"of the models' differences from the base orthogonal to each other (TSV-Merge, {TSV.link})"
+        ", the other is solved for by the covariances of the models' layer inputs (RegMean, "
+        f"{REGMEAN.link}); {_REST}",
+        (TSV, REGMEAN)),
+    "emr": About(
+        "These are the weights that all tasks share; alone they are not meant to be used. The "
+        "folder `emr` holds one bit per parameter and task, which turn them into each task's model "
+        f"(EMR-Merging, {EMR.link}): `mergekit-pave materialize MODEL TASK DIR` writes it as a "
+        "model folder, and `mergekit_pave.load_task_model(MODEL, TASK)` loads it. MODEL "
+        "is this one's folder or Hub id, TASK one of the merged models: its name or its number "
+        "from 0.",
+        (EMR,)),
+}
+
+
+@dataclass(frozen=True)
+class CheckedSpec(ParameterSpec):
+    """A parameter whose bad values are refused in one sentence, while mergekit plans."""
+
+    parameter: Parameter | None = None
+
+    def validate(self, value: Any) -> Any:
+        return self.parameter.validate(value)
+
+
+def spec_of(parameter: Parameter) -> CheckedSpec:
+    return CheckedSpec(
+        name=parameter.name,
+        value_type=parameter.kind | None,
+        scope=ParameterScope.NON_BASE if parameter.per_model else ParameterScope.SHARED,
+        default=parameter.default,
+        description=parameter.doc,
+        parameter=parameter,
+    )

@@ -1,0 +1,75 @@
+"""EMR-Merging (Huang et al., arXiv 2405.17461): one elected task vector, a mask for each task.
+
+With task vectors d_t = w_t - w_0, elementwise (the paper's Elect, Mask and Rescale):
+
+    elect     s = +1 where sum_t d_t > 0, else -1
+              u = s * max over the t with d_t s > 0 of |d_t|, and 0 where there is none
+    mask      M_t = d_t s > 0
+    rescale   l_t = sum |d_t| / sum |M_t u|
+    task t    w_0 + l_t M_t u
+
+The merged model is w_0 + u. At every place it is the weight of one of the models or of the
+base, so `elect` picks instead of adding: in any dtype the result has no rounding error, and u
+can be told from it and the base exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isfinite
+
+from mergekit.common import ModelReference
+from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+from torch import Tensor
+
+from mergekit_pave.algebra.emr import RESCALERS, elect, trace
+from mergekit_pave.algebra.papers import EMR
+from mergekit_pave.errors import PaveError
+from mergekit_pave.methods.base import PlannedMethod, spec_of
+from mergekit_pave.recipe.parameters import Parameter
+from mergekit_pave.storage.masks import active
+
+_RESCALER = Parameter(
+    "rescaler", str, RESCALERS[0], False,
+    "how a task's factor weighs the tensors: `tensor_mean` each alike (the authors' code), "
+    "`global` by size (the paper)",
+    accepts=(RESCALERS.__contains__, "one of " + ", ".join(RESCALERS)))
+
+
+class EmrMerge(PlannedMethod):
+    """Writes the unified model; beside a model on disk also the tasks' masks, as they come."""
+
+    masks = True
+
+    spec = MergeMethodSpec(
+        name="emr",
+        pretty_name="EMR-Merging",
+        reference_url=EMR.url,
+        parameters=(spec_of(_RESCALER),),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
+
+    def merge_group(self, group: TensorGroup, /, rescaler: str) -> Tensor:
+        base = group.base.tensor
+        if not group.non_base:
+            return base
+        merged = elect(base, [entry.tensor for entry in group.non_base])
+        if recorder := active():
+            traces = ((e.id, trace(base, e.tensor, merged)) for e in group.non_base)
+            recorder.add(group, _finite(traces, group.metadata.name), rescaler)
+        elif isinstance(group.base.id, ModelReference):  # not tensors in memory
+            raise PaveError(
+                "emr writes masks beside a model folder, and this is none: name model folders to "
+                "mergekit-yaml."
+            )
+        return merged
+
+
+def _finite(traces: Iterable[tuple], name: str | None) -> Iterable[tuple]:
+    for model, found in traces:
+        if not (isfinite(found.own) and isfinite(found.unified)):
+            raise PaveError(
+                f"{name} of {model} or of the base holds NaN or Inf, which has no task vector; "
+                "download or save that checkpoint again."
+            )
+        yield model, found

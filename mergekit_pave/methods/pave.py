@@ -1,0 +1,295 @@
+"""`PaveMerge`: a mergekit merge method that purifies its inputs, then runs another method.
+
+What is done to the weights is in `purification`; where the covariances come from is in
+`statistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from mergekit.merge_methods import (
+    BasePolicy,
+    MergeMethod,
+    MergeMethodSpec,
+    TensorEntry,
+    TensorGroup,
+)
+from torch import Tensor
+
+from mergekit_pave.algebra import allocation, subspace
+from mergekit_pave.algebra.numeric import double, wide
+from mergekit_pave.algebra.papers import PAVE
+from mergekit_pave.algebra.separation import separate
+from mergekit_pave.errors import PaveError
+from mergekit_pave.methods.base import (
+    PlannedMethod,
+    check_finite,
+    finite,
+    is_matrix,
+    layer_of,
+    spec_of,
+)
+from mergekit_pave.methods.layers import Cut, Layer, Statistics
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.recipe.parameters import DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS, PREFIX
+from mergekit_pave.storage import decompositions
+from mergekit_pave.storage.files import cache_folder
+
+
+def can_wrap(method: MergeMethod) -> bool:
+    """Whether a purified twin makes sense: a base is required, and it is not one already."""
+    spec = method.spec
+    return spec.contract.base == BasePolicy.REQUIRED and not spec.name.startswith(PREFIX)
+
+
+class PaveMerge(PlannedMethod):
+    """Purify every linear weight (PAVE, arXiv 2510.14697), then merge with `inner`.
+
+    Tensors that are not purified are handed to `inner` as they came, so `rank_ratio: 1.0`
+    is bit for bit `inner`. Where something is purified, the task vectors are formed and
+    merged in float32 or better and the result is cast once, to the inputs' common dtype.
+    """
+
+    treated = "purified"
+    purifies = True
+
+    def __init__(self, inner: MergeMethod, statistics: Statistics):
+        self.inner = inner
+        self.statistics = statistics
+        spec = inner.spec
+        # A method that needs covariances itself has the calibration keys already.
+        inner_names = {p.name for p in spec.parameters}
+        ours = (spec_of(p) for p in PARAMETERS.values() if p.name not in inner_names)
+        self.spec: MergeMethodSpec = replace(
+            spec,
+            name=PREFIX + spec.name,
+            pretty_name=f"PAVE-purified {spec.pretty_name or spec.name}",
+            reference_url=PAVE.url,
+            parameters=(*spec.parameters, *ours),
+            uses_accelerator=True,
+        )
+
+    def prepare(self, options: LoaderOptions) -> None:
+        self.statistics.prepare(options)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        own = {name: parameters[name] for name in PARAMETERS}
+        inner = {p.name: parameters[p.name] for p in self.inner.spec.parameters}
+        wants_layers = getattr(self.inner, "solves", False)
+        # A model that contributes nothing here still has inputs, which the others should spare.
+        all_models = wants_layers or own["purify"] == "separate"
+        # What ranks the directions to purify is nothing to a method that needs the covariances.
+        looked_up = {**own, "subspace": "covariance"} if wants_layers else own
+        layers: dict[Hashable, Layer] = {}
+        if is_matrix(group) and (own["rank_ratio"] != 1 or wants_layers):
+            for entry in group.non_base:
+                if not (all_models or _contributes(entry, group, inner)):
+                    continue
+                layer = layer_of(self.statistics, group, entry, looked_up)
+                if layer is not None:
+                    layers[entry.id] = layer
+        purified = self._purify(group, layers, own, inner)
+        name = group.metadata.name
+        self.statistics.count("plain" if purified is group else "purified", name)
+        if wants_layers:
+            merged = self.inner.merge_layers(purified, layers, **inner)
+        else:
+            (merged,) = self.inner((purified,), parameters=inner)
+        if purified is group:
+            return finite(merged, group)
+        merged = merged.to(group.entries[0].tensor.dtype)
+        if not torch.isfinite(merged).all():
+            raise PaveError(
+                f"The merge of {name} holds NaN or Inf; lower the weights, or "
+                "set rank_ratio: 1.0 for this tensor with a filter."
+            )
+        return merged
+
+    def _purify(
+        self,
+        group: TensorGroup,
+        layers: Mapping[Hashable, Layer],
+        own: Mapping[str, Any],
+        inner: Mapping[str, Any],
+    ) -> TensorGroup:
+        """`group` itself when nothing is purified, else a copy in float32 or better."""
+        participants = [
+            Participant(entry.id, entry.tensor, layers[entry.id])
+            for entry in group.non_base
+            if entry.id in layers and _contributes(entry, group, inner)
+        ]
+        if own["rank_ratio"] == 1 or not participants:
+            return group
+        base, name = group.base.tensor, group.metadata.name
+        check_finite(base, group.base.id, name)
+        for participant in participants:
+            check_finite(participant.tensor, participant.model, name)
+        if own["purify"] == "separate":
+            new = separated(participants, layers, base, own)
+        else:
+            new = truncated(participants, base, own)
+        for model, purified in new.items():
+            if purified.cut is not None:
+                self.statistics.record_cut(name, model, purified.cut)
+        entries = tuple(
+            replace(e, tensor=new[e.id].weight if e.id in new else wide(e.tensor))
+            for e in group.entries
+        )
+        return replace(group, entries=entries)
+
+
+def _contributes(entry: TensorEntry, group: TensorGroup, inner: Mapping[str, Any]) -> bool:
+    """False for a task vector that is zero anyway.
+
+    Projecting a weight that equals the base's would give it a task vector: minus the base
+    in the dropped directions.
+    """
+    weights = inner.get("weight")
+    if isinstance(weights, Mapping) and weights.get(entry.id) == 0:
+        return False
+    return not torch.equal(entry.tensor, group.base.tensor)
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One model's weight of the layer.
+
+    Attributes:
+        model: mergekit's id.
+        tensor: as mergekit loaded it.
+        layer: what is known of the layer.
+    """
+
+    model: Hashable
+    tensor: Tensor
+    layer: Layer
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """`(out, in)` from the stored layout, and back."""
+        return matrix.mT if self.layer.transposed else matrix
+
+
+@dataclass(frozen=True)
+class Purified:
+    """One model's new weight, and what it lost where that can be counted."""
+
+    weight: Tensor
+    cut: Cut | None = None
+
+
+def truncated(
+    participants: list[Participant], base: Tensor, values: Mapping[str, Any]
+) -> dict[Hashable, Purified]:
+    """The least activated directions out of every weight, or out of every task vector.
+
+    The paper's method (sections 3.2 and 3.3) with `purify: weight`.
+    """
+    of_delta = values["purify"] == "delta"
+    ratio, rank = values["rank_ratio"], min(base.shape)
+    if ratio is None:
+        ratio = DEFAULT_RATIO[values["purify"]]
+    matrices = [wide(p.tensor) - wide(base) if of_delta else wide(p.tensor) for p in participants]
+    count = allocation.cap(rank, ratio)
+    found = [_tail(p, m, count, values) for p, m in zip(participants, matrices, strict=True)]
+    drops = allocation.allocate(
+        [tail.normalised for tail in found], rank, ratio, values["rank_allocation"]
+    )
+    result = {}
+    for p, matrix, tail, dropped in zip(participants, matrices, found, drops, strict=True):
+        basis = tail.basis[:, :dropped]
+        new = p.oriented(subspace.purify(p.oriented(matrix), basis)).contiguous()
+        lost = torch.linalg.vector_norm(matrix - new)
+        changed = torch.linalg.vector_norm(wide(p.tensor) - wide(base))
+        cut = Cut(rank, dropped, (lost / changed).item())
+        result[p.model] = Purified(new + wide(base) if of_delta else new, cut)
+    return result
+
+
+def separated(
+    participants: list[Participant],
+    others: Mapping[Hashable, Layer],
+    base: Tensor,
+    values: Mapping[str, Any],
+) -> dict[Hashable, Purified]:
+    """Every task vector on the inputs that are its own task's rather than the others'.
+
+    Args:
+        participants: the models whose weights are purified.
+        others: all models with a covariance here, by id; the participants among them.
+        base: the base's weight.
+        values: the parameters.
+    """
+    strength = values["separation"]
+    if strength is None:
+        strength = 1 / max(len(others) - 1, 1)
+
+    def moment(layer: Layer) -> Tensor:
+        return double(layer.covariance().to(base.device))
+
+    total = None  # one sum, and one model's moment at a time
+    for layer in others.values():
+        total = moment(layer) if total is None else total.add_(moment(layer))
+    result = {}
+    for p in participants:
+        own = moment(p.layer)
+        try:
+            allowed = subspace.damped(torch.lerp(own, total, strength), **damping_of(values))
+            delta = separate(p.oriented(wide(p.tensor) - wide(base)), own, allowed)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise _unusable(p, error) from error
+        result[p.model] = Purified(wide(base) + p.oriented(delta).to(wide(base)))
+    return result
+
+
+def _tail(
+    participant: Participant, matrix: Tensor, count: int, values: Mapping[str, Any]
+) -> subspace.Tail:
+    """The `count` least activated directions of one model's weight or task vector."""
+    layer, damping = participant.layer, damping_of(values)
+
+    def compute() -> subspace.Tail:
+        # MPS has no float64.
+        here = matrix.cpu() if matrix.device.type == "mps" else matrix
+        covariance = None
+        if values["subspace"] == "covariance":
+            try:
+                covariance = subspace.damped(layer.covariance().to(here.device), **damping)
+            except ValueError as error:
+                raise _unusable(participant, error) from error
+        return subspace.tail(
+            participant.oriented(here),
+            covariance,
+            count,
+            subspace=values["subspace"],
+            seed=layer.seed,
+        )
+
+    # The ablations are cheap, and the address does not tell them apart.
+    if layer.identity is None or values["subspace"] != "covariance":
+        return compute()
+    # The weight as it is stored, so that the dtype of a merge's inputs is part of the name.
+    named = participant.tensor if values["purify"] == "weight" else matrix
+    written = f"{damping['dampening_frac']}|{damping['regularization']}"
+    name = decompositions.address(layer.identity, named, layer.transposed, written)
+    return decompositions.remembered(cache_folder() / "tails", name, count, compute)
+
+
+def damping_of(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """The keywords of `subspace.damped`; raises `PaveError` when both keys are set."""
+    fraction, absolute = values["dampening_frac"], values["regularization"]
+    if fraction is not None and absolute is not None:
+        raise PaveError("dampening_frac and regularization exclude each other: keep one of them.")
+    if fraction is None and absolute is None:
+        fraction = DEFAULT_DAMPENING
+    return {"dampening_frac": fraction, "regularization": absolute}
+
+
+def _unusable(participant: Participant, error: Exception) -> PaveError:
+    return PaveError(
+        f"The covariance of {participant.layer.name} of {participant.model} is unusable: {error}; "
+        "recalibrate."
+    )

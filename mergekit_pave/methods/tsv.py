@@ -1,0 +1,110 @@
+"""Task singular vectors (Gargiulo et al., CVPR 2025, arXiv 2412.00081).
+
+`D_t = W_t - W_0` (out, in) is the delta of task `t = 1 ... T`, `D_t = U_t S_t V_t^T` its singular
+value decomposition and `R = min(out, in)`. Every task keeps its `k = R / T` leading triples, so
+that all of them fit into `R` dimensions. Side by side they are
+
+    U = [U_1 ... U_T] (out, Tk),  S = diag(S_1 ... S_T),  V = [V_1 ... V_T] (in, Tk).
+
+Singular task interference (section 3.2) is the sum of absolute entries of
+
+    (U^T U - I) S (V^T V - I),
+
+0 when no two tasks share an input or an output direction. TSV-Merge (section 4.2, Algorithm 1)
+replaces U and V by the nearest matrices with orthonormal columns, their polar factors
+`X (X^T X)^-1/2`, and merges to `W_0 + lambda U' S V'^T`. TSV-Compress (section 4.1) stores the
+`k` triples of each task instead.
+
+Everything is computed in float64, from the smaller Gram matrix where squaring costs no digits
+that matter: a half to a third of the time of an SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+from torch import Tensor
+
+from mergekit_pave.algebra.numeric import double, rounding, wide
+from mergekit_pave.algebra.papers import TSV
+from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta
+from mergekit_pave.methods.base import PlannedMethod, check_finite, finite, is_matrix, spec_of
+from mergekit_pave.recipe.parameters import RANK_FRACTION, Parameter
+
+PARAMETERS = (
+    Parameter("weight", float, 1.0, True, "scales the model's delta before its decomposition",
+              gradient=True),
+    RANK_FRACTION,
+    Parameter("lambda", float, 1.0, False, "scales the merged deltas of matrices", gradient=True),
+    Parameter("lambda_other", float, 1.0, False,
+              "scales the mean deltas of all other tensors: norms, biases, embeddings, the output "
+              "head", gradient=True),
+)
+
+
+class TaskSingularVectors(PlannedMethod):
+    """TSV-Merge: the tasks' leading singular vectors, orthogonalised against each other.
+
+    Matrices are merged by `merged_delta`, whatever way round they are stored. The vocabulary's
+    (token embeddings, output head) are not: their rows are looked up one by one, or belong to one
+    token each, and have no directions in common to untangle. They and all tensors that are no
+    matrices (norms, biases, convolutions, fused 3-D experts) get the mean of the deltas.
+
+    A model whose delta is zero in a matrix, or whose `weight` is 0, leaves its share of the rank
+    to the others, as if it were absent. A mean counts every model whose weight is not 0.
+
+    Matrices are computed in float64 and means in float32 or better; one cast at the end.
+    """
+
+    spec = MergeMethodSpec(
+        name="tsv_m",
+        pretty_name="TSV-Merge",
+        reference_url=TSV.url,
+        parameters=tuple(map(spec_of, PARAMETERS)),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+        uses_accelerator=True,
+    )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        base = group.base.tensor
+        weights = {i: w for i, w in parameters["weight"].items() if w != 0}
+        if not weights or base.numel() == 0:
+            return base
+        if is_matrix(group):
+            merged = _matrix(group, weights, parameters["rank_fraction"], parameters["lambda"])
+            return finite(merged, group)
+        return finite(_mean(group, weights, parameters["lambda_other"]), group)
+
+
+def _matrix(
+    group: TensorGroup, weights: Mapping[Any, float], fraction: float | None, scale: float
+) -> Tensor:
+    base = group.base.tensor
+    changed = [
+        entry for entry in group.non_base
+        if entry.id in weights and not torch.equal(entry.tensor, base)
+    ]
+    if not changed:
+        return base
+    for entry in (group.base, *changed):
+        check_finite(entry.tensor, entry.id, group.metadata.name)
+    origin, count = double(base), kept_rank(base.shape, len(changed), fraction)
+    noise = rounding(base)
+    parts = [
+        factors((double(entry.tensor) - origin) * weight, count, noise * abs(weight))
+        for entry in changed for weight in (weights[entry.id],)
+    ]
+    return torch.add(origin, merged_delta(parts), alpha=scale).to(base)
+
+
+def _mean(group: TensorGroup, weights: Mapping[Any, float], scale: float) -> Tensor:
+    base = group.base.tensor
+    origin = wide(base)
+    total = torch.zeros_like(origin)
+    for entry in group.non_base:
+        if entry.id in weights:
+            total.add_(entry.tensor.to(origin) - origin, alpha=weights[entry.id])
+    return torch.add(origin, total, alpha=scale / len(weights)).to(base)

@@ -1,0 +1,92 @@
+"""The mean of TSV-Merge and of a RegMean that adds up more of the task vectors, evened out.
+
+Both keep tasks out of each other's way, by different means: `tsv` makes their singular vectors
+orthogonal, knowing nothing of the data; `regmean` with `averaging` below 1 weighs input directions
+by whose data has them, knowing nothing of the task vectors' structure. For a linear layer with the
+merged task vectors `D_tsv` and `D_reg` (out, in) of the two,
+
+    W = W_0 + lambda (b D_tsv + (1 - b) D_reg).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+from torch import Tensor
+
+from mergekit_pave.algebra.numeric import wide
+from mergekit_pave.algebra.papers import TSV
+from mergekit_pave.methods import regmean, tsv
+from mergekit_pave.methods.base import CovarianceMethod, spec_of
+from mergekit_pave.methods.layers import Layer
+from mergekit_pave.recipe.parameters import CALIBRATION, COVARIANCE, RANK_FRACTION, Parameter
+
+_OFF_DIAGONAL = next(p for p in regmean.PARAMETERS if p.name == "reduce_non_diagonal_ratio")
+_FLATTENING = replace(
+    next(p for p in regmean.PARAMETERS if p.name == "flattening"), default=0.5)
+_MEAN = next(p for p in tsv.PARAMETERS if p.name == "lambda_other")
+
+PARAMETERS = (
+    Parameter("weight", float, 1.0, True, "of this model, in both methods", gradient=True,
+              accepts=((lambda value: value >= 0), "0 or more")),
+    Parameter("balance", float, 0.5, False, "share of TSV-Merge; the rest is RegMean's",
+              gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
+    Parameter("averaging", float, None, False,
+              "RegMean's: how much each other model's inputs count; 1 / (models - 1) when not "
+              "given", gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
+    _FLATTENING,
+    _OFF_DIAGONAL,
+    RANK_FRACTION,
+    Parameter("lambda", float, 1.0, False, "scales the merged task vectors of linear weights",
+              gradient=True),
+    _MEAN,
+)
+
+
+class TsvRegMean(CovarianceMethod):
+    """`tsv_regmean`: linear weights by both methods, everything else as in `tsv_m`."""
+
+    spec = MergeMethodSpec(
+        name="tsv_regmean",
+        parameters=tuple(map(spec_of, (*PARAMETERS, *CALIBRATION, COVARIANCE))),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+        pretty_name="TSV-Merge and RegMean",
+        reference_url=TSV.url,
+    )
+
+    def merge_layers(
+        self, group: TensorGroup, layers: Mapping[Hashable, Layer], **parameters: Any
+    ) -> Tensor:
+        of_tsv = {p.name: parameters[p.name] for p in tsv.PARAMETERS}
+        if not layers or len(layers) < len(group.non_base):
+            return tsv.TaskSingularVectors().merge_group(group, **of_tsv)
+        averaging = parameters["averaging"]
+        if averaging is None:
+            present = sum(weight != 0 for weight in parameters["weight"].values())
+            averaging = 1 / max(present - 1, 1)
+        of_regmean = {
+            "weight": parameters["weight"],
+            "averaging": averaging,
+            "flattening": parameters["flattening"],
+            _OFF_DIAGONAL.name: parameters[_OFF_DIAGONAL.name],
+            "lambda": 1.0,
+        }
+        share, scale = parameters["balance"], parameters["lambda"]
+        # In float32 or better throughout: a difference of casts would be mostly rounding.
+        widened = replace(
+            group, entries=tuple(replace(e, tensor=wide(e.tensor)) for e in group.entries)
+        )
+        base = widened.base.tensor
+        merged = base.clone()
+        if share > 0:
+            one = tsv.TaskSingularVectors().merge_group(widened, **{**of_tsv, "lambda": 1.0})
+            merged.add_(one - base, alpha=scale * share)
+        if share < 1:
+            other = regmean.RegMean(self.statistics).merge_layers(
+                widened, layers, **of_regmean
+            )
+            merged.add_(other - base, alpha=scale * (1 - share))
+        return merged.to(group.base.tensor.dtype)

@@ -1,0 +1,62 @@
+"""Names of models and data: which are local paths, and what of them may be published."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+def local_path(source: str) -> Path | None:
+    """The path that `source` means, whether or not it exists; `None` for a Hub id or a URL."""
+    path = Path(os.path.expanduser(source))
+    looks_local = (
+        source.startswith((".", "~", "/")) or path.is_absolute() or source.count("/") > 1
+        or _builder(path) is not None or path.exists())
+    return path if looks_local and "://" not in source else None
+
+
+def _builder(path: Path) -> tuple[str, dict[str, str]] | None:
+    if path.suffix.lower() in COMPRESSIONS:
+        path = path.with_suffix("")
+    return BUILDERS.get(path.suffix.lower())
+
+
+# On a machine of the other kind, or as a URL.
+_FOREIGN = re.compile(r"[A-Za-z]:[\\/]|\\\\|file:")
+
+
+def is_local(path: str) -> bool:
+    """Whether a model, dataset or store of that name is a file or folder, here or elsewhere."""
+    return bool(_FOREIGN.match(path)) or local_path(path) is not None
+
+
+def name_of(path: str) -> str:
+    """A Hub id or URL as it is; a local path's last part, `local` where that is a user's name."""
+    return last_part(path) if is_local(path) else path
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder, `local` where that is a user's."""
+    parts = [part for part in re.split(r"[\\/]+", path) if part]
+    name = parts[-1] if parts else "local"
+    if name in (".", ".."):
+        name = Path(path).absolute().resolve().name
+    home = len(parts) > 1 and parts[-2] in ("home", "Users")
+    if home or name in ("", "~", Path.home().name):
+        name = "local"
+    # `model: 123` would be a number where a name is meant.
+    return name if yaml.safe_load(name) == name else f"./{name}"

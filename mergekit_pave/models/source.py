@@ -1,0 +1,199 @@
+"""From what the YAML names to local folders: models (with LoRA), and published stores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mergekit.common import ModelPath, ModelReference
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.layers import refuse_quantised
+from mergekit_pave.models.names import name_of
+from mergekit_pave.storage.identity import digest
+
+# On the Hub, or in its cache while that cannot be reached.
+_NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """mergekit's own loading options: caches and whether remote code may run."""
+
+    cache_dir: str | None = None
+    lora_merge_cache: str | None = None
+    lora_merge_dtype: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of_this_thread(cls) -> LoaderOptions:
+        loaders = LoaderCache()
+        return cls(
+            loaders.hf_cache_dir,
+            loaders.lora_cache_dir,
+            loaders.lora_merge_dtype,
+            loaders.trust_remote_code,
+        )
+
+
+def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
+    """Download or find a model's weights, a LoRA merged into them as mergekit does it.
+
+    Raises:
+        PaveError: an adapter without a place for the merged copy.
+    """
+    if model.lora and not options.lora_merge_cache:
+        raise PaveError(
+            f"{model} names an adapter: give mergekit a folder for the merged copy with "
+            "--lora-merge-cache DIR."
+        )
+    merged = model.merged(
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    )
+    label = name_of(model.model.path)
+    if model.lora:
+        label += "+" + name_of(model.lora.path)
+    tokenizer = tokenizer_of(model, options)
+    return ModelSource(
+        path=merged.local_path(cache_dir=options.cache_dir),
+        label=label,
+        tokenizer=tokenizer.path,
+        revision=tokenizer.revision,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir,
+    )
+
+
+def tokenizer_of(model: ModelReference, options: LoaderOptions) -> ModelPath:
+    """An adapter's own tokenizer when it ships one, else the model's."""
+    return model.lora if model.lora and _has_tokenizer(model.lora, options) else model.model
+
+
+def _has_tokenizer(adapter: ModelPath, options: LoaderOptions) -> bool:
+    name = "tokenizer_config.json"
+    if Path(adapter.path).exists():
+        return (Path(adapter.path) / name).exists()
+    try:
+        hf_hub_download(
+            adapter.path, name, revision=adapter.revision, cache_dir=options.cache_dir)
+    except _NOT_THERE:
+        return False
+    return True
+
+
+def tokenizer_folder(source: ModelSource) -> Path | None:
+    """Where the tokenizer of a model lies on this machine; `None` where it cannot be had."""
+    path = ModelPath(path=source.tokenizer, revision=source.revision)
+    try:
+        return Path(ModelReference(model=path).local_path(source.cache_dir))
+    except _NOT_THERE:
+        return None
+
+
+def culprit(source: ModelSource) -> str | None:
+    """The sentence about a checkpoint that is broken itself."""
+    for name, tensor in source.tensors():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return (
+                f"{name} of {source.label} holds NaN or Inf; download or save that checkpoint "
+                "again."
+            )
+    return None
+
+
+_INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+               "id2label", "label2id"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where one model's weights and its tokenizer come from.
+
+    Attributes:
+        path: local folder with the weights (a LoRA is already merged into them).
+        label: name for messages and manifests: a Hub id, or a folder's own name.
+        tokenizer: folder or Hub id of its tokenizer or processor.
+        revision: of the tokenizer, when it comes from the Hub.
+        trust_remote_code: only what the user's own flag said.
+    """
+
+    path: str
+    label: str
+    tokenizer: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+
+    def config(self) -> PretrainedConfig:
+        return transformers.AutoConfig.from_pretrained(
+            self.path, trust_remote_code=self.trust_remote_code
+        )
+
+    def identity(self) -> str:
+        """sha256 of what a forward pass depends on: the weights, and the config's settings."""
+        settings = json.dumps(_settings(self.config().to_diff_dict()), sort_keys=True, default=str)
+        return hashlib.sha256(f"{digest(self.tensors())}|{settings}".encode()).hexdigest()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every checkpoint tensor, shard by shard, without loading the model."""
+        index = ShardedTensorIndex.from_disk(self.path)
+        loader = LazyTensorLoader(index, lazy_unpickle=False)
+        for shard in index.shards:
+            for name in sorted(shard.contained_keys):
+                yield name, loader.get_tensor(name)
+
+
+def _settings(value: Any) -> Any:
+    """A config, or one inside it, without what changes no number."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _settings(item) for key, item in value.items() if key not in _INCIDENTAL}
+
+
+def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConfig:
+    """A model's config; raises `PaveError` when it is missing, unreadable or quantised."""
+    path = model.model.path
+    if path.lower().endswith(".gguf"):
+        raise PaveError(f"{path} is a quantised GGUF file: name the full-precision checkpoint.")
+    folder = Path(path)
+    if path.startswith(("/", ".", "~")) and not folder.exists():
+        raise PaveError(f"There is no model folder {path}: correct the path.")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise PaveError(_no_config(folder))
+    try:
+        config = model.config(trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError) as fault:
+        reason = str(fault).strip().splitlines()[0].rstrip(".:")
+        if "trust_remote_code" in str(fault):
+            reason = "it needs Python code of its own repository"
+            mend = "read that code, and add --trust-remote-code if you trust it"
+        elif folder.exists():
+            mend = "repair its config.json, or upgrade transformers for a new architecture"
+        else:
+            mend = "check the name, the network and, for a gated model, `hf auth login`"
+        raise PaveError(f"Cannot read the config of {path} ({reason}): {mend}.") from fault
+    refuse_quantised(config, path)
+    return config
+
+
+def _no_config(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file: name the folder of a Hugging Face checkpoint."
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} is an adapter: name it behind its model, as `MODEL+{folder}`."
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds a quantised GGUF file: name the full-precision checkpoint."
+    return f"The folder {folder} has no config.json: name the folder of a whole checkpoint."

@@ -1,0 +1,77 @@
+"""From a YAML file to mergekit's configuration, every complaint as one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+from mergekit_pave.errors import PaveError
+
+
+def configuration(raw: Any) -> MergeConfiguration:
+    """mergekit's own reading of the YAML, its complaints as one sentence."""
+    try:
+        return MergeConfiguration.model_validate(raw)
+    except (ValueError, RuntimeError) as fault:
+        raise PaveError(f"mergekit cannot read the configuration: {_reason(fault)}.") from fault
+
+
+def model_reference(name: str) -> ModelReference:
+    """mergekit's own reading of a model's name: `MODEL[@REVISION][+ADAPTER]`."""
+    try:
+        return ModelReference.model_validate(name)
+    except (ValueError, RuntimeError) as fault:
+        raise PaveError(f"mergekit cannot read the model's name: {_reason(fault)}.") from fault
+
+
+def _reason(fault: Exception) -> str:
+    details = getattr(fault, "errors", list)()
+    if details:
+        where = ".".join(str(part) for part in details[0]["loc"])
+        return f"{where}: {details[0]['msg']}".lstrip(": ")
+    reason = str(fault)
+    if "@" in reason or "Can't parse" in reason:
+        reason += (
+            " (in a model's name `@` starts a revision and `+` an adapter: rename or link a "
+            "folder that has them in its path)"
+        )
+    return reason
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML readers silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value!r} is given twice, keep one of them",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, name: str = "The configuration") -> Any:
+    """Parse one YAML document; raises `PaveError` with the line of what is wrong."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as fault:
+        mark = fault.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        if "expected a single document" in str(fault):
+            raise PaveError(
+                f"{name} holds several YAML documents{where}: put the one to check in a file "
+                "of its own."
+            ) from fault
+        raise PaveError(f"{name} is not valid YAML: {fault.problem}{where}.") from fault
+    except yaml.YAMLError as fault:
+        raise PaveError(f"{name} is not valid YAML: {' '.join(str(fault).split())}.") from fault
+
+
+CONFIGURATION = "mergekit_config.yml"  # mergekit's own, beside it

@@ -1,0 +1,244 @@
+"""TSV-Compress of one fine-tune: from its checkpoint and the base's to its folder (`compressed`).
+
+Tensors are read one at a time from the shards; only the adapter, which has to be one file, is held
+in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import dtype_from_name
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mergekit_pave.algebra.tsv import kept_rank
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.folder import companions, copy_companions
+from mergekit_pave.models.layers import empty_model
+from mergekit_pave.models.source import ModelSource, tokenizer_folder
+from mergekit_pave.storage.covariances import MANIFEST
+from mergekit_pave.storage.files import to_disk, write_atomically
+from mergekit_pave.storage.identity import checksum
+from mergekit_pave.storage.low_rank import FORMAT, KIND, LORA, MODEL, _Writer, pack
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `compress` was told; `dtype` None keeps the fine-tune's own."""
+
+    tasks: int
+    rank_fraction: float | None = None
+    dtype: str | None = None
+    lora: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What compression did to one task.
+
+    Attributes:
+        task: name of its folder.
+        stored: bytes of its safetensors files, without the adapter.
+        model: bytes of the fine-tune's tensors.
+        share: numbers kept of those in the matrices that became factors.
+        energy: `sum s_i^2` kept, of all those matrices together.
+        worst: the matrix that keeps the least of it, and how much; None without one.
+        ways: number of tensors kept in each way.
+        adapter: weights in the LoRA adapter, None without one.
+        left_out: changed tensors that are not in it.
+        too_large: matrices whose change would be no smaller as factors.
+    """
+
+    task: str
+    stored: int
+    model: int
+    share: float
+    energy: float
+    worst: tuple[str, float] | None
+    ways: dict[str, int]
+    adapter: int | None
+    left_out: int
+    too_large: int = 0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.task}: {self.stored:,} bytes, {self.stored / max(self.model, 1):.1%} of the "
+            f"model's {self.model:,}; "
+        )
+        if self.worst:
+            text += (
+                f"{self.ways['factors']} matrices as factors, {self.share:.1%} of their numbers "
+                f"with {self.energy:.1%} of the energy of their change (least: "
+                f"{self.worst[1]:.1%} of {self.worst[0]}); "
+            )
+        text += f"{self.ways['whole']} tensors whole, {self.ways['rows']} by their changed rows, "
+        text += f"{self.ways['base']} as in the base."
+        if self.too_large and not self.ways["factors"]:
+            text += (
+                f" The factors of {self.too_large} changed matrices would be no smaller than these "
+                "are: lower --rank-fraction."
+            )
+        if self.adapter is not None:
+            text += (
+                f" The LoRA adapter has {self.adapter} linear weights; {self.left_out} changed "
+                "tensors are not in it (norms, biases, embeddings, what is kept whole)."
+            )
+        return text
+
+
+def compress_task(
+    tuned: ModelSource, base: ModelSource, folder: Path, header: Mapping[str, Any],
+    settings: Settings, device: torch.device,
+) -> None:
+    """Fill `folder`, the manifest last.
+
+    Args:
+        tuned: the fine-tune.
+        base: the model that it was tuned from.
+        folder: new and empty.
+        header: what the manifest says of the run, `task` and `base` among it.
+        settings: of the run.
+        device: where to decompose.
+
+    Raises:
+        PaveError: models that do not fit, or broken weights.
+    """
+    writer, adapter = _Writer(folder), {}
+    linear = _linear_weights(tuned) if settings.lora else set()
+    origin = ShardedTensorIndex.from_disk(base.path)
+    loader, size, too_large = LazyTensorLoader(origin, lazy_unpickle=False), 0, 0
+    names = ShardedTensorIndex.from_disk(tuned.path).tensor_paths.keys()
+    if names.isdisjoint(origin.tensor_paths):
+        raise PaveError(
+            f"{tuned.label} shares no tensor's name with the base {base.label}: name the model "
+            "that it was fine-tuned from (where that is this one, save both by one class of "
+            "transformers: AutoModel leaves a prefix out)."
+        )
+    progress = tqdm(tuned.tensors(), header["task"], len(names), unit="tensor", leave=False)
+    for name, tensor in progress:
+        there = loader.get_tensor(name) if name in origin.tensor_paths else None
+        if there is not None and there.shape != tensor.shape:
+            raise PaveError(
+                f"{name} of {tuned.label} is {tuple(tensor.shape)} and {tuple(there.shape)} in the "
+                f"base {base.label}: compress needs fine-tunes of that base, of the same size."
+            )
+        size += tensor.nbytes
+        rank = kept_rank(tensor.shape, settings.tasks, settings.rank_fraction) if (
+            tensor.ndim == 2) else 0
+        dtype = dtype_from_name(settings.dtype) or tensor.dtype
+        try:
+            here = None if there is None else there.to(device)
+            how, stored, energy = pack(tensor.to(device), here, rank, dtype)
+        except ValueError as error:
+            raise PaveError(
+                f"{name} of {tuned.label} or of its base {error}; download or save that "
+                "checkpoint again."
+            ) from error
+        # Copies: tensors of a pickled checkpoint may share their memory.
+        stored = {key: value.to("cpu", copy=True).contiguous() for key, value in stored.items()}
+        writer.add(name, stored, {
+            "how": how, "shape": tuple(tensor.shape), "dtype": _name(tensor.dtype),
+            "base": None if how == "whole" else checksum(there), "energy": energy,
+            "rank": len(stored["::s"]) if how == "factors" else None,
+        })
+        too_large += how == "whole" and there is not None and tensor.ndim == 2
+        if how == "factors" and name in linear:
+            adapter[name.removesuffix(".weight")] = stored
+    writer.flush()
+    copy_companions(_companions(tuned), folder / MODEL)
+    if settings.lora:
+        _write_adapter(folder / LORA, adapter, tuned.label, header["base"])
+    summary = _summary(
+        header["task"], writer, size, len(adapter) if settings.lora else None, too_large)
+    manifest = {
+        "kind": KIND, "format": FORMAT, "version": version("mergekit-pave"), **header,
+        "summary": asdict(summary),
+        "tensors": {name: asdict(kept) for name, kept in writer.tensors.items()},
+    }
+    text = json.dumps(manifest, indent=1) + "\n"
+    write_atomically(folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
+
+
+def _companions(model: ModelSource) -> dict[str, Path]:
+    """Config and tokenizer; a merged adapter's folder has no tokenizer."""
+    found = companions(Path(model.path))
+    if any("tokenizer" in name for name in found):
+        return found
+    folder = tokenizer_folder(model)
+    return companions(folder) | found if folder else found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _summary(
+    task: str, writer: _Writer, size: int, adapter: int | None, too_large: int
+) -> Summary:
+    ways = Counter(kept.how for kept in writer.tensors.values())
+    parts = {n: kept for n, kept in writer.tensors.items() if kept.how == "factors"}
+    shares = {n: kept.energy[0] / kept.energy[1] for n, kept in parts.items()}
+    worst = min(shares, key=shares.get) if shares else None
+    numbers = sum(prod(kept.shape) for kept in parts.values())
+    left, total = (sum(kept.energy[i] for kept in parts.values()) for i in range(2))
+    return Summary(
+        task=task, stored=writer.bytes, model=size,
+        share=sum(k.rank * (sum(k.shape) + 1) for k in parts.values()) / max(numbers, 1),
+        energy=left / total if parts else 1.0,
+        worst=(worst, shares[worst]) if worst else None,
+        ways={way: ways[way] for way in ("base", "rows", "factors", "whole")},
+        adapter=adapter,
+        left_out=len(writer.tensors) - ways["base"] - (adapter or 0),
+        too_large=too_large,
+    )
+
+
+def _linear_weights(model: ModelSource) -> set[str]:
+    """Checkpoint names of the weights of `nn.Linear` modules."""
+    modules = empty_model(model.config(), model.trust_remote_code).named_modules()
+    return {f"{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)}
+
+
+def _write_adapter(
+    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], model: str, base: Mapping[str, Any]
+) -> None:
+    """`W + B A` with `A = sqrt(S) V^T` and `B = U sqrt(S)`, at scale 1 whatever the rank."""
+    from peft import LoraConfig
+
+    if not parts:
+        raise PaveError(
+            f"{model} has no changed nn.Linear weight that is kept as factors, so there is no LoRA "
+            "adapter to write: lower --rank-fraction, or leave --lora out."
+        )
+    ranks = {name: len(part["::s"]) for name, part in parts.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    special = {name: rank for name, rank in ranks.items() if rank != common}
+    tensors = {}
+    for name, part in parts.items():
+        root = part["::s"].sqrt()
+        a, b = part["::v"].float() * root, part["::u"].float() * root
+        key, dtype = f"base_model.model.{name}", part["::u"].dtype
+        tensors[f"{key}.lora_A.weight"] = a.mT.to(dtype).contiguous()
+        tensors[f"{key}.lora_B.weight"] = b.to(dtype).contiguous()
+    folder.mkdir()
+    write_atomically(
+        folder / "adapter_model.safetensors",
+        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+    )
+    LoraConfig(
+        r=common, lora_alpha=common, target_modules=sorted(ranks), rank_pattern=special,
+        alpha_pattern=special, base_model_name_or_path=base["hub"] or base["id"],
+        inference_mode=True,
+    ).save_pretrained(folder)
+    to_disk(folder / "adapter_config.json")
