@@ -10,13 +10,12 @@ import torch
 import transformers
 import yaml
 from conftest import make_family
+from mergekit.io.tensor_writer import TensorWriter
 from test_emr import config_of
 from test_merge import merge, tensors_of
 
-from mergekit_pave.algebra.emr import elect
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import check_finished
-from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks.emr import task_tensors
 
 
@@ -77,7 +76,10 @@ def test_a_merge_that_writes_nothing_takes_nothing_away(paths, tmp_path, method,
     config = config_of({**paths, "expert0": gone}, method, **(WEIGHT if method != "emr" else {}))
     if method == "emr":
         from mergekit_pave import check
+        from mergekit_pave.plugin import run_merge
+
         monkeypatch.setattr(check, "preflight", lambda *_: [])  # met later than the check
+        monkeypatch.setattr(run_merge, "refuse_partial", lambda *_: None)
     (gone / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(Exception, match="header"):
         merge(config, out, **CARD)
@@ -90,25 +92,50 @@ def test_a_merge_that_writes_nothing_takes_nothing_away(paths, tmp_path, method,
     assert not (out / "pave_report.json").exists()
 
 
-def test_a_merge_that_has_begun_to_write_takes_the_masks_away(paths, tmp_path, monkeypatch):
-    from mergekit_pave.methods import emr
-
-    out, calls = tmp_path / "out", []
+@pytest.mark.parametrize("method", ["task_arithmetic", "emr", "tsv_m"])
+def test_an_earlier_merge_is_whole_until_the_new_one_is(paths, tmp_path, monkeypatch, method):
+    out, writes = tmp_path / "out", []
     merge(config_of(paths), out, **CARD, out_shard_size=20_000)
+    (out / "notes.txt").write_text("mine")
+    before = {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    write = TensorWriter._write_shard_task
 
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 20:
+    def failing(*args, **kwargs):
+        writes.append(1)
+        if len(writes) == 4:
             raise KeyboardInterrupt
-        return elect(*arguments)
+        return write(*args, **kwargs)
 
-    monkeypatch.setattr(emr, "elect", failing)
+    monkeypatch.setattr(TensorWriter, "_write_shard_task", failing)
+    config = config_of(paths, method, **(WEIGHT if method == "task_arithmetic" else {}))
     with pytest.raises(KeyboardInterrupt):
-        merge(config_of(paths), out, **CARD, out_shard_size=20_000)
-    assert list(out.glob("model-?.safetensors")), "nothing was written before the failure"
-    assert not (out / "emr").exists() and not (out / "pave_report.json").exists()
-    with pytest.raises(PaveError, match="has no task masks"):
-        TaskMasks(out)
+        merge(config, out, **CARD, out_shard_size=20_000)
+    assert len(writes) == 4, "nothing was written before the failure"
+    assert before == {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
+
+def test_what_an_earlier_merge_wrote_beside_its_weights_goes_with_it(paths, tmp_path):
+    out = tmp_path / "out"
+    merge(config_of(paths), out, **CARD)
+    (out / "notes.txt").write_text("mine")
+    (out / "special_tokens_map.json").write_text("{}")  # of another base's tokenizer
+    merge(config_of(paths, "tsv_m"), out, write_model_card=False)
+    merge(config_of(paths, "tsv_m"), tmp_path / "fresh", write_model_card=False)
+    names = {file.name for file in (tmp_path / "fresh").iterdir()}
+    assert {file.name for file in out.iterdir()} == names | {"notes.txt"}
+    assert "README.md" not in names
+
+
+def test_a_folder_that_is_no_merge_keeps_its_files(paths, tmp_path):
+    out = tmp_path / "out"
+    mine = ("notes.txt", ".manifest.json.1.tmp", "emr/manifest.json",
+            "emr/masks-00000.safetensors", ".merging-0/note")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True, parents=True)
+        (out / name).write_text("mine")
+    merge(config_of(paths, "tsv_m"), out, **CARD)
+    merge(config_of(paths, "task_arithmetic", **WEIGHT), out, **CARD)
+    assert all((out / name).read_text() == "mine" for name in mine)
 
 
 def test_the_folder_of_an_input_is_refused(paths, tmp_path):

@@ -19,7 +19,7 @@ from conftest import CLASSES, make_family
 from huggingface_hub.utils import filter_repo_objects
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods import merge_tensors
+from mergekit.merge_methods import get, merge_tensors
 from mergekit.options import MergeOptions
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,10 @@ from mergekit_pave import cli
 from mergekit_pave.algebra.emr import RESCALERS, Sums, elect, scale, task_weight, trace
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import emr
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.plugin.opening import open_state
 from mergekit_pave.publish import hub
+from mergekit_pave.recipe.inputs import inputs
 from mergekit_pave.storage import masks as task_masks
 from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks import emr as emr_models
@@ -404,6 +407,12 @@ def test_in_memory_there_are_the_unified_weights_only(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("emr"))
 
 
+def method_that_writes(config, folder):
+    options = MergeOptions(quiet=True)
+    state = open_state(config, inputs(config), folder, options, LoaderOptions.of(options))
+    return get("emr").within(state)
+
+
 def test_threads_write_what_one_thread_writes(trio, merged, tmp_path, monkeypatch):
     monkeypatch.setattr(task_masks, "WINDOW", 1_000)
     paths = trio("llama")
@@ -412,14 +421,15 @@ def test_threads_write_what_one_thread_writes(trio, merged, tmp_path, monkeypatc
     sources = [tensors_of(path) for path in paths.values()]
 
     def work(name: str) -> None:
-        merge_tensors([s[name] for s in sources], "emr", ids=ids, base_index=0, name=name)
+        merge_tensors([s[name] for s in sources], method, ids=ids, base_index=0, name=name)
 
-    with task_masks.beside(tmp_path, config, MergeOptions(quiet=True)):
-        threads = [threading.Thread(target=work, args=(name,)) for name in sources[0]]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    method = method_that_writes(config, tmp_path)
+    threads = [threading.Thread(target=work, args=(name,)) for name in sources[0]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    method.state.masks.finish()
     one, many = TaskMasks(merged), TaskMasks(tmp_path)
     assert one.tasks == many.tasks == ["expert0", "expert1", "expert2"]
     assert one.tensors.keys() == many.tensors.keys()
@@ -434,10 +444,10 @@ def test_a_merge_that_nobody_has_checked_keeps_one_base_and_rescaler(trio, tmp_p
     ids = [ModelReference.model_validate(str(path)) for path in paths.values()]
 
     def work(base: int, rescaler: str) -> None:
-        with task_masks.beside(tmp_path / "out", config, MergeOptions(quiet=True)):
-            for i, way in enumerate(("global", rescaler)):
-                merge_tensors([torch.randn(3) for _ in ids], "emr", ids=ids, base_index=i * base,
-                              name=str(i), parameters={"rescaler": way})
+        method = method_that_writes(config, tmp_path / "out")
+        for i, way in enumerate(("global", rescaler)):
+            merge_tensors([torch.randn(3) for _ in ids], method, ids=ids, base_index=i * base,
+                          name=str(i), parameters={"rescaler": way})
 
     work(0, "global")
     with pytest.raises(PaveError, match="one base for the whole model.*base_model of the slice"):
@@ -572,23 +582,27 @@ def refused(words: str, function, *arguments, **more) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_failed_merge_leaves_no_masks(trio, tmp_path, monkeypatch):
+def test_a_failed_merge_leaves_the_earlier_masks(trio, tmp_path, monkeypatch):
     monkeypatch.setattr(task_masks, "WINDOW", 1_000)
-    merge(config_of(trio("llama")), tmp_path / "out")
+    config, out = config_of(trio("llama")), tmp_path / "out"
+    merge(config, out)
+    before = {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()}
     calls = []
 
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 15:
-            assert list((tmp_path / "out" / "emr").glob("masks-*"))
+            assert list(tmp_path.glob("*/.merging-*/*/emr/masks-*"))
             raise KeyboardInterrupt
         return elect(*arguments)
 
     monkeypatch.setattr(emr, "elect", failing)
-    with pytest.raises(KeyboardInterrupt):
-        merge(config_of(trio("llama")), tmp_path / "out", out_shard_size=1_000)
-    assert not (tmp_path / "out" / "emr").exists()
-    refused("has no task masks", task_tensors, tmp_path / "out", 0)
+    for folder in (out, tmp_path / "new"):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            merge(config, folder, out_shard_size=1_000)
+    assert before == {f.relative_to(out): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_killed_merge_leaves_nothing_that_counts(trio, tmp_path):
@@ -608,11 +622,14 @@ def test_a_killed_merge_leaves_nothing_that_counts(trio, tmp_path):
         "config = MergeConfiguration.model_validate(yaml.safe_load(open('merge.yml')))\n"
         "run_merge(config, 'out', MergeOptions(quiet=True))\n")
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
-    left = tmp_path / "out" / "emr"
+    out = tmp_path / "out"
+    (left,) = out.glob(".merging-*/out/emr")
     assert len(list(left.iterdir())) == 3
-    refused("has no task masks", task_tensors, tmp_path / "out", 0)
-    merge(config_of(paths), tmp_path / "out")
-    assert {file.name for file in left.iterdir()} == {"manifest.json", "masks-00000.safetensors"}
+    refused("has no task masks", task_tensors, out, 0)
+    merge(config_of(paths), out)
+    assert not list(out.glob(".merging-*"))
+    names = {file.name for file in (out / "emr").iterdir()}
+    assert names == {"manifest.json", "masks-00000.safetensors"}
 
 
 def test_another_merge_replaces_the_masks(trio, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import mergekit.merge
 import pytest
 import torch
 import transformers
@@ -38,6 +39,8 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import layers as statistics
 from mergekit_pave.methods.pave import PaveMerge
 from mergekit_pave.models.source import LoaderOptions, tokenizer_of
+from mergekit_pave.plugin.opening import open_state
+from mergekit_pave.recipe.inputs import inputs
 
 METHODS = ["task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
            "breadcrumbs_ties", "della", "della_linear", "sce"]
@@ -198,7 +201,6 @@ def test_changing_anything_but_the_data_never_recalibrates(
     paths = families("llama")
     first = merge(config_of(paths, "pave_ties", texts, rank_ratio=0.8), tmp_path / "0")
     monkeypatch.setattr(calibration_run, "load_model", None)
-    monkeypatch.setattr(statistics.shared_statistics(), "_stores", {})
     for i, (method, shared) in enumerate([
         ("pave_ties", {"rank_ratio": 0.9}),
         ("pave_ties", {"dampening_frac": 0.5}),
@@ -358,30 +360,32 @@ def test_a_model_of_weight_zero_changes_nothing(families, texts, tmp_path):
     assert all(torch.equal(two[name], one[name]) for name in two)
 
 
-def test_threads_calibrate_once_and_agree(families, texts, tmp_path, monkeypatch):
+def test_all_stores_are_open_before_threads_merge(families, texts, tmp_path, monkeypatch):
     paths = families("llama")
     calls = []
     real = stores.calibrate
     monkeypatch.setattr(stores, "calibrate", lambda *a: calls.append(a) or real(*a))
-    config = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
-    expected = merge(config, tmp_path / "expected")
+    raw = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
+    expected = merge(raw, tmp_path / "expected")
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "second-cache"))
-    monkeypatch.setattr(statistics.shared_statistics(), "_stores", {})
     calls.clear()
+    config = MergeConfiguration.model_validate(raw)
+    options = MergeOptions(quiet=True)
+    state = open_state(config, inputs(config), tmp_path, options, LoaderOptions.of(options))
+    assert len(calls) == 2
+    method = get("pave_ties").within(state)
     sources = {key: tensors_of(path) for key, path in paths.items()}
+    ids = [ModelReference.model_validate(str(paths[k])) for k in sources]
+    data = {ids[1]: str(texts[0]), ids[2]: str(texts[1])}
     results: dict[str, torch.Tensor] = {}
 
     def work(name: str) -> None:
-        from mergekit.common import ModelReference
-
-        ids = [ModelReference.model_validate(str(paths[k])) for k in sources]
-        values = {k: {ids[1]: str(texts[0]), ids[2]: str(texts[1])}
-                  for k in ["calibration_dataset"]}
         results[name] = merge_tensors(
-            [sources[k][name] for k in sources], "pave_ties", ids=ids, base_index=0, name=name,
-            parameters={"weight": 0.7, "density": 0.6, "rank_ratio": 0.8, **values})
+            [sources[k][name] for k in sources], method, ids=ids, base_index=0, name=name,
+            parameters={"weight": 0.7, "density": 0.6, "rank_ratio": 0.8,
+                        "calibration_dataset": data})
 
-    names = [n for n in expected if "layers" in n and expected[n].ndim == 2]
+    names = [name for name in expected if "layers" in name]
     threads = [threading.Thread(target=work, args=(name,)) for name in names]
     for thread in threads:
         thread.start()
@@ -389,6 +393,37 @@ def test_threads_calibrate_once_and_agree(families, texts, tmp_path, monkeypatch
         thread.join()
     assert len(calls) == 2
     assert all(torch.equal(results[name], expected[name]) for name in names)
+
+
+def test_two_merges_at_once_do_not_see_each_other(families, texts, tmp_path):
+    paths = families("llama")
+    configs = [config_of(paths, "pave_ties", texts, rank_ratio=0.8),
+               config_of(paths, "emr", texts),
+               config_of(paths, "pave_ties", texts[::-1], rank_ratio=0.9)]
+    configs[1] = {key: configs[1][key] for key in ("merge_method", "base_model", "dtype")} | {
+        "models": [{"model": model["model"]} for model in configs[1]["models"]]}
+    options = MergeOptions(quiet=True, write_model_card=True)
+
+    def work(number: int, place: str) -> None:
+        config = MergeConfiguration.model_validate(configs[number])
+        mergekit.merge.run_merge(config, str(tmp_path / place / str(number)), options)
+
+    for number in range(3):
+        work(number, "alone")
+    before = {m.spec.name for m in registered_methods()}
+    threads = [threading.Thread(target=work, args=(n, "together")) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {m.spec.name for m in registered_methods()} == before
+    for number in range(3):
+        alone, together = (tmp_path / place / str(number) for place in ("alone", "together"))
+        one, other = tensors_of(alone), tensors_of(together)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert (alone / "pave_report.json").read_bytes() == (
+            together / "pave_report.json").read_bytes()
+        assert (alone / "emr").exists() == (together / "emr").exists() == (number == 1)
 
 
 @pytest.mark.parametrize("method, parameters", [
@@ -436,7 +471,7 @@ def test_tensors_in_memory_take_a_store(families, texts, tmp_path):
         "weight": 1.0, "rank_ratio": 0.9, "covariance": str(store.folder)})
     expected = papers_formula(expert, store.covariance(store.weights[name].site), 0.9)
     assert (merged - expected).norm() < 1e-4 * (expert - expected).norm()
-    with pytest.raises(PaveError, match="cannot be calibrated"):
+    with pytest.raises(PaveError, match="has no covariances"):
         merge_tensors([base, expert], **arguments, parameters={
             "weight": 1.0, "calibration_dataset": str(texts[0])})
 
@@ -461,7 +496,8 @@ def test_bare_files_of_tensors_are_refused_where_their_layers_matter(families, t
     refused = [
         (run("regmean"), "Nothing tells which tensors .* name model folders"),
         (run("pave_task_arithmetic"), "Nothing tells which tensors .* name model folders"),
-        (run("tsv_regmean", calibration_dataset="x.jsonl"), "calibrated: .*give it as covariance"),
+        (run("tsv_regmean", calibration_dataset="x.jsonl"),
+         "has no covariances: .*its folder as covariance"),
         (run("emr"), "masks beside a model folder.*name model folders"),
     ]
     for result, words in refused:
@@ -480,7 +516,7 @@ def test_spectral_allocation_spends_the_same_budget_otherwise(families, texts, t
     group = TensorGroup.from_tensors(list(tensors.values()), base_index=0, name=name)
     ranks = {}
     for allocation in ("spectral", "uniform"):
-        method = PaveMerge(ours.inner, statistics.Statistics())
+        method = PaveMerge(ours.inner).within(statistics.MergeState())
         layer = statistics.Layer("fixed", False, lambda: torch.eye(48))
         own = {"purify": "weight", "rank_ratio": 0.75, "rank_allocation": allocation,
                "subspace": "covariance", "dampening_frac": None, "regularization": None}

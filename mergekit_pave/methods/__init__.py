@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mergekit.merge_methods import MergeMethod
 
-    from mergekit_pave.methods.layers import Statistics
 
-
-def methods(statistics: Statistics) -> tuple[MergeMethod, ...]:
+def methods() -> tuple[MergeMethod, ...]:
     """One instance of each."""
     from mergekit_pave.methods.emr import EmrMerge
     from mergekit_pave.methods.regmean import RegMean
     from mergekit_pave.methods.tsv import TaskSingularVectors
     from mergekit_pave.methods.tsv_regmean import TsvRegMean
 
-    return EmrMerge(), RegMean(statistics), TaskSingularVectors(), TsvRegMean(statistics)
+    return EmrMerge(), RegMean(), TaskSingularVectors(), TsvRegMean()
 
 
 # The first import of mergekit's methods makes the start-up hook ask for ours. Python runs this file

@@ -1,11 +1,11 @@
-"""What all methods of ours do while mergekit plans a merge, before it comes to single tensors."""
+"""What the methods of ours share: the state of their merge, their parameters, their words."""
 
 from __future__ import annotations
 
-import re
+import copy
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,31 +18,34 @@ from mergekit.merge_methods import (
 )
 from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
+from typing_extensions import Self
 
 from mergekit_pave.algebra.papers import EMR, REGMEAN, TSV, Paper
 from mergekit_pave.errors import PaveError
-from mergekit_pave.methods.layers import Layer, Statistics
-from mergekit_pave.models.planned import refuse_partial
-from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.methods.layers import Layer, MergeState
 from mergekit_pave.recipe.parameters import Parameter
 
-# What mergekit's planner calls a run of layers.
-_WHOLE_SLICE = re.compile(r"\.slices\[\d+\]$")
 
+class StatefulMethod(GroupMergeMethod):
+    """A merge method that looks at what its merge has opened, and counts what it does.
 
-class PlannedMethod(GroupMergeMethod):
-    """A merge method that refuses checkpoints of which mergekit would merge only a part."""
+    mergekit's registry holds one instance of every method for all merges. That one has no state:
+    each merge, in memory or to disk, works with a copy of its own.
+    """
 
-    def validate_inputs(self, input_ids, base_id=None, *, group_name=None) -> None:
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if group_name and _WHOLE_SLICE.search(group_name):
-            # The planning thread is the only one that knows them.
-            options = LoaderOptions.of_this_thread()
-            refuse_partial([*input_ids, base_id], base_id, options)
-            self.prepare(options)
+    state: MergeState | None = None
 
-    def prepare(self, options: LoaderOptions) -> None:
-        """Take over mergekit's loading options, if the method loads anything itself."""
+    def within(self, state: MergeState, name: str | None = None) -> Self:
+        """The copy that belongs to one merge, registered under `name` for its time."""
+        own = copy.copy(self)
+        own.state = state
+        own.spec = replace(self.spec, name=name or self.spec.name)
+        return own
+
+    def _execute(self, groups, *args, **kwargs):
+        if self.state is None:  # tensors in memory
+            return self.within(MergeState())._execute(groups, *args, **kwargs)
+        return super()._execute(groups, *args, **kwargs)
 
 
 def is_matrix(group: TensorGroup) -> bool:
@@ -59,16 +62,16 @@ def of_model(values: Mapping[str, Any], model: Hashable) -> dict[str, Any]:
 
 
 def layer_of(
-    statistics: Statistics, group: TensorGroup, entry: TensorEntry, values: Mapping[str, Any]
+    state: MergeState, group: TensorGroup, entry: TensorEntry, values: Mapping[str, Any]
 ) -> Layer | None:
     """The linear layer behind one input of a group; `values` as mergekit bound them."""
     name = group.metadata.name
-    return statistics.layer(
+    return state.layer(
         entry.id, name, entry.tensor, of_model(values, entry.id), group.base.tensor
     )
 
 
-class CovarianceMethod(PlannedMethod):
+class CovarianceMethod(StatefulMethod):
     """A method of the fine-tuned weights *and* their layers' inputs.
 
     Its specification has the calibration keys. `merge_layers` is what it does, once the layers
@@ -78,20 +81,14 @@ class CovarianceMethod(PlannedMethod):
     treated = "merged by their covariances"
     solves = True
 
-    def __init__(self, statistics: Statistics):
-        self.statistics = statistics
-
-    def prepare(self, options: LoaderOptions) -> None:
-        self.statistics.prepare(options)
-
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         layers: dict[Hashable, Layer] = {}
         if is_matrix(group):
             for entry in group.non_base:
-                layer = layer_of(self.statistics, group, entry, parameters)
+                layer = layer_of(self.state, group, entry, parameters)
                 if layer is not None:
                     layers[entry.id] = layer
-        self.statistics.count("purified" if layers else "plain", group.metadata.name)
+        self.state.count("purified" if layers else "plain", group.metadata.name)
         return finite(self.merge_layers(group, layers, **parameters), group)
 
     @abstractmethod

@@ -25,9 +25,8 @@ from torch import Tensor
 from mergekit_pave.algebra.emr import RESCALERS, elect, trace
 from mergekit_pave.algebra.papers import EMR
 from mergekit_pave.errors import PaveError
-from mergekit_pave.methods.base import PlannedMethod, spec_of
+from mergekit_pave.methods.base import StatefulMethod, spec_of
 from mergekit_pave.recipe.parameters import Parameter
-from mergekit_pave.storage.masks import active
 
 _RESCALER = Parameter(
     "rescaler", str, RESCALERS[0], False,
@@ -36,7 +35,7 @@ _RESCALER = Parameter(
     accepts=(RESCALERS.__contains__, "one of " + ", ".join(RESCALERS)))
 
 
-class EmrMerge(PlannedMethod):
+class EmrMerge(StatefulMethod):
     """Writes the unified model; beside a model on disk also the tasks' masks, as they come."""
 
     masks = True
@@ -54,9 +53,16 @@ class EmrMerge(PlannedMethod):
         if not group.non_base:
             return base
         merged = elect(base, [entry.tensor for entry in group.non_base])
-        if recorder := active():
+        if recorder := self.state.masks:
             traces = ((e.id, trace(base, e.tensor, merged)) for e in group.non_base)
-            recorder.add(group, _finite(traces, group.metadata.name), rescaler)
+            recorder.add(
+                group.metadata.name,
+                group.base.id,
+                base,
+                _finite(traces, group.metadata.name),
+                rescaler,
+                vocabulary=group.metadata.vocabulary_axis is not None,
+            )
         elif isinstance(group.base.id, ModelReference):  # not tensors in memory
             raise PaveError(
                 "emr writes masks beside a model folder, and this is none: name model folders to "

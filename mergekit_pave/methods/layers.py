@@ -1,13 +1,7 @@
-"""Which layer a tensor is and what its inputs look like: the method's view of the stores.
-
-One `Statistics` serves all methods of a process. It finds or computes each model's
-covariance store once, under a lock, however many threads merge.
-"""
+"""What one merge knows of its layers: which one a tensor is, and what its inputs look like."""
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 import re
 import threading
@@ -15,6 +9,7 @@ import zlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +17,13 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_pave.algebra.numeric import wide
-from mergekit_pave.calibration.stores import fetch_store, open_store
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import (
-    empty_model,
-    is_transposed,
-    linear_layers,
-    refuse_quantised,
-    warn_of_unseen,
-)
-from mergekit_pave.models.names import name_of
-from mergekit_pave.models.source import LoaderOptions, model_source
+from mergekit_pave.models.layers import LayerTable
 from mergekit_pave.recipe.parameters import CALIBRATION, DATA_FREE
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.identity import same_layer
+from mergekit_pave.storage.masks import Recorder
 
-logger = logging.getLogger(__name__)
 # Of a layer, within a tensor's name.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -80,34 +66,34 @@ class Cut:
     removed: float
 
 
-class Statistics:
-    """Finds the layer behind a tensor, and keeps count of what was purified."""
+class MergeState:
+    """What one merge holds while it runs: open stores, known layers, masks, and its counts.
 
-    def __init__(self) -> None:
+    Every merge has one of its own. Any number of threads may share it.
+
+    Args:
+        stores: open covariance stores, by `data_key`.
+        tables: of models whose layers no store tells: `linear_layers` by name and shape.
+        masks: takes the task masks of a merge to disk.
+    """
+
+    def __init__(
+        self,
+        stores: Mapping[tuple, CovarianceStore] | None = None,
+        tables: Mapping[Hashable, LayerTable] | None = None,
+        masks: Recorder | None = None,
+    ) -> None:
         self._lock = threading.Lock()
-        self._stores: dict[tuple, CovarianceStore] = {}
-        self._plain: dict[Hashable, dict[tuple[str, tuple], bool]] = {}
-        self._options = LoaderOptions()
+        self._stores = dict(stores or {})
+        self._tables = dict(tables or {})
+        self.masks = masks
         self.counts: dict[str, set[str | None]] = {"purified": set(), "plain": set()}
         self.cuts: dict[Hashable, dict[str, Cut]] = {}
         self.data_free: set[Hashable] = set()
 
-    def prepare(self, options: LoaderOptions) -> None:
-        """Load with these options from now on."""
-        self._options = options
-
     def count(self, what: str, name: str | None) -> None:
-        self.counts[what].add(name)
-
-    def reset(self) -> None:
-        """Begin another merge: between two, models and data may have changed on disk."""
         with self._lock:
-            self._stores.clear()
-            self._plain.clear()
-            self.cuts.clear()
-            self.data_free.clear()
-        for names in self.counts.values():
-            names.clear()
+            self.counts[what].add(name)
 
     @property
     def used(self) -> dict[Hashable, CovarianceStore]:
@@ -172,10 +158,11 @@ class Statistics:
         if values.get("subspace", "covariance") != "covariance":
             return self._layer_by_name(model, name, tensor)
         if values["calibration_dataset"] == DATA_FREE and not values["covariance"]:
-            self.data_free.add(model)
+            with self._lock:
+                self.data_free.add(model)
             layer = self._layer_by_name(model, name, tensor)
             return layer and _estimated(layer, tensor, base)
-        store = self._store(model, values, tensor.device)
+        store = self._store(model, values)
         found = store.find(name, tensor)
         if found is not None:
             weight = store.weights[found]
@@ -193,55 +180,24 @@ class Statistics:
             )
         return None
 
-    def _store(
-        self, model: Hashable, values: Mapping[str, Any], device: torch.device
-    ) -> CovarianceStore:
-        wanted = ("covariance", *(parameter.name for parameter in CALIBRATION))
-        key = (model, *(values[name] for name in wanted))
+    def _store(self, model: Hashable, values: Mapping[str, Any]) -> CovarianceStore:
+        key = data_key(model, values)
         with self._lock:
             if key not in self._stores:
-                self._stores[key] = self._open(model, values, device)
+                self._stores[key] = _local_store(model, values)
             return self._stores[key]
-
-    def _open(
-        self, model: Hashable, values: Mapping[str, Any], device: torch.device
-    ) -> CovarianceStore:
-        if not isinstance(model, ModelReference) or _is_file(model):
-            if values["covariance"]:
-                return fetch_store(values["covariance"], self._options)
-            raise PaveError(
-                f"Input {str(model)!r} is tensors without a config, which cannot be calibrated: "
-                "write a store with `mergekit-pave calibrate` and give it as covariance."
-            )
-        if not (values["covariance"] or values["calibration_dataset"]):
-            raise PaveError(
-                f"{model} has no calibration data: set calibration_dataset (its own task data) "
-                "or covariance (a store) under its parameters, or rank_ratio: 1.0."
-            )
-        source = model_source(model, self._options)
-        with torch.device("cpu"):
-            return open_store(source, values, self._options, device)
 
     def _layer_by_name(self, model: Hashable, name: str | None, tensor: Tensor) -> Layer | None:
         """Where no data tells them apart: the layers of the model's class, by name."""
         if not isinstance(model, ModelReference) or name is None:
             return Layer(name or "", False, _no_covariance)
-        if _is_file(model):
+        if model not in self._tables:
             raise PaveError(
                 f"Nothing tells which tensors of {model} are weights of linear layers: name model "
                 "folders to mergekit-yaml, or give covariance (a store)."
             )
-        with self._lock:
-            if model not in self._plain:
-                config = model.config(trust_remote_code=self._options.trust_remote_code)
-                refuse_quantised(config, str(model))
-                layers = linear_layers(empty_model(config, self._options.trust_remote_code))
-                warn_of_unseen(name_of(str(model)), layers.skipped)
-                self._plain[model] = {
-                    (key, tuple(module.weight.shape)): is_transposed(module)
-                    for key, module in layers.modules.items()
-                }
-        fitting = {k: t for (k, s), t in self._plain[model].items() if s == tuple(tensor.shape)}
+        table = self._tables[model]
+        fitting = {k: t for (k, s), t in table.items() if s == tuple(tensor.shape)}
         for key, transposed in fitting.items():
             if same_layer(key, name):
                 return Layer(key, transposed, _no_covariance)
@@ -250,6 +206,26 @@ class Statistics:
             if same_layer(_NUMBER.sub("*", key), _NUMBER.sub("*", name)):
                 return Layer(name, transposed, _no_covariance)
         return None
+
+
+def data_key(model: Hashable, values: Mapping[str, Any]) -> tuple:
+    """What tells the stores of a merge apart: the model and its calibration keys."""
+    return (model, values["covariance"], *(values[p.name] for p in CALIBRATION))
+
+
+def _local_store(model: Hashable, values: Mapping[str, Any]) -> CovarianceStore:
+    """A store that was not opened before the merge: one on this machine, for tensors in memory.
+
+    Raises:
+        PaveError: none is named, or it is not here.
+    """
+    if where := values["covariance"]:
+        return CovarianceStore(Path(os.path.expanduser(where)))
+    raise PaveError(
+        f"Input {str(model)!r} has no covariances: merge model folders with mergekit-yaml, which "
+        "calibrates them, or write a store with `mergekit-pave calibrate` and give its folder as "
+        "covariance."
+    )
 
 
 def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
@@ -268,17 +244,5 @@ def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
     return replace(layer, covariance=covariance)
 
 
-def _is_file(model: ModelReference) -> bool:
-    """Tensors without a config, as `mergekit-pytorch` reads them."""
-    return os.path.isfile(model.model.path)
-
-
 def _no_covariance() -> Tensor:
     raise AssertionError("the ablations use no covariance")
-
-
-@functools.cache
-def shared_statistics():
-    from mergekit_pave.methods.layers import Statistics
-
-    return Statistics()

@@ -1,7 +1,6 @@
 """`PaveMerge`: a mergekit merge method that purifies its inputs, then runs another method.
 
-What is done to the weights is in `purification`; where the covariances come from is in
-`statistics`.
+The covariances that it looks at were opened before the merge began (`methods.layers`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from torch import Tensor
+from typing_extensions import Self
 
 from mergekit_pave.algebra import allocation, subspace
 from mergekit_pave.algebra.numeric import double, wide
@@ -26,15 +26,14 @@ from mergekit_pave.algebra.papers import PAVE
 from mergekit_pave.algebra.separation import separate
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import (
-    PlannedMethod,
+    StatefulMethod,
     check_finite,
     finite,
     is_matrix,
     layer_of,
     spec_of,
 )
-from mergekit_pave.methods.layers import Cut, Layer, Statistics
-from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.methods.layers import Cut, Layer, MergeState
 from mergekit_pave.recipe.parameters import DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS, PREFIX
 from mergekit_pave.storage import decompositions
 from mergekit_pave.storage.files import cache_folder
@@ -46,7 +45,7 @@ def can_wrap(method: MergeMethod) -> bool:
     return spec.contract.base == BasePolicy.REQUIRED and not spec.name.startswith(PREFIX)
 
 
-class PaveMerge(PlannedMethod):
+class PaveMerge(StatefulMethod):
     """Purify every linear weight (PAVE, arXiv 2510.14697), then merge with `inner`.
 
     Tensors that are not purified are handed to `inner` as they came, so `rank_ratio: 1.0`
@@ -57,9 +56,8 @@ class PaveMerge(PlannedMethod):
     treated = "purified"
     purifies = True
 
-    def __init__(self, inner: MergeMethod, statistics: Statistics):
+    def __init__(self, inner: MergeMethod):
         self.inner = inner
-        self.statistics = statistics
         spec = inner.spec
         # A method that needs covariances itself has the calibration keys already.
         inner_names = {p.name for p in spec.parameters}
@@ -73,8 +71,11 @@ class PaveMerge(PlannedMethod):
             uses_accelerator=True,
         )
 
-    def prepare(self, options: LoaderOptions) -> None:
-        self.statistics.prepare(options)
+    def within(self, state: MergeState, name: str | None = None) -> Self:
+        own = super().within(state, name)
+        if isinstance(self.inner, StatefulMethod):
+            own.inner = self.inner.within(state)
+        return own
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         own = {name: parameters[name] for name in PARAMETERS}
@@ -89,12 +90,12 @@ class PaveMerge(PlannedMethod):
             for entry in group.non_base:
                 if not (all_models or _contributes(entry, group, inner)):
                     continue
-                layer = layer_of(self.statistics, group, entry, looked_up)
+                layer = layer_of(self.state, group, entry, looked_up)
                 if layer is not None:
                     layers[entry.id] = layer
         purified = self._purify(group, layers, own, inner)
         name = group.metadata.name
-        self.statistics.count("plain" if purified is group else "purified", name)
+        self.state.count("plain" if purified is group else "purified", name)
         if wants_layers:
             merged = self.inner.merge_layers(purified, layers, **inner)
         else:
@@ -134,7 +135,7 @@ class PaveMerge(PlannedMethod):
             new = truncated(participants, base, own)
         for model, purified in new.items():
             if purified.cut is not None:
-                self.statistics.record_cut(name, model, purified.cut)
+                self.state.record_cut(name, model, purified.cut)
         entries = tuple(
             replace(e, tensor=new[e.id].weight if e.id in new else wide(e.tensor))
             for e in group.entries

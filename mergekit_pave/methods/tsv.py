@@ -25,13 +25,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+from mergekit.merge_methods import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    TensorGroup,
+)
 from torch import Tensor
 
 from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.papers import TSV
 from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta
-from mergekit_pave.methods.base import PlannedMethod, check_finite, finite, is_matrix, spec_of
+from mergekit_pave.methods.base import check_finite, finite, is_matrix, spec_of
 from mergekit_pave.recipe.parameters import RANK_FRACTION, Parameter
 
 PARAMETERS = (
@@ -45,7 +51,7 @@ PARAMETERS = (
 )
 
 
-class TaskSingularVectors(PlannedMethod):
+class TaskSingularVectors(GroupMergeMethod):
     """TSV-Merge: the tasks' leading singular vectors, orthogonalised against each other.
 
     Matrices are merged by `merged_delta`, whatever way round they are stored. The vocabulary's

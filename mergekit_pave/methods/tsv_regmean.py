@@ -85,7 +85,7 @@ class TsvRegMean(CovarianceMethod):
             one = tsv.TaskSingularVectors().merge_group(widened, **{**of_tsv, "lambda": 1.0})
             merged.add_(one - base, alpha=scale * share)
         if share < 1:
-            other = regmean.RegMean(self.statistics).merge_layers(
+            other = regmean.RegMean().merge_layers(
                 widened, layers, **of_regmean
             )
             merged.add_(other - base, alpha=scale * (1 - share))

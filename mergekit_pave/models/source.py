@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -37,13 +37,13 @@ class LoaderOptions:
     trust_remote_code: bool = False
 
     @classmethod
-    def of_this_thread(cls) -> LoaderOptions:
-        loaders = LoaderCache()
+    def of(cls, options: MergeOptions) -> LoaderOptions:
+        """Those of a merge."""
         return cls(
-            loaders.hf_cache_dir,
-            loaders.lora_cache_dir,
-            loaders.lora_merge_dtype,
-            loaders.trust_remote_code,
+            options.transformers_cache,
+            options.lora_merge_cache,
+            options.lora_merge_dtype,
+            options.trust_remote_code,
         )
 
 

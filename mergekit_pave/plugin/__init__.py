@@ -37,18 +37,17 @@ def _register_methods() -> tuple[str, ...]:
     import mergekit.merge_methods as host
 
     from mergekit_pave import methods as merging
-    from mergekit_pave.methods.layers import shared_statistics
     from mergekit_pave.methods.pave import PaveMerge, can_wrap
     from mergekit_pave.recipe.parameters import PREFIX
 
     known = {method.spec.name for method in host.registered_methods()}
-    own = merging.methods(shared_statistics())
+    own = merging.methods()
     for method in own:
         if method.spec.name not in known:
             host.register(method)
     for method in host.registered_methods():
         if can_wrap(method) and PREFIX + method.spec.name not in known:
-            host.register(PaveMerge(method, shared_statistics()))
+            host.register(PaveMerge(method))
     names = {method.spec.name for method in own}
     return tuple(
         method.spec.name
@@ -88,4 +87,4 @@ def attach(module: ModuleType) -> None:
         mends.mend_optional_aliases(module)
     elif module.__name__ == "mergekit.merge":
         mends.mend_cards(sys.modules["mergekit.card"])
-        run_merge._guard(module)
+        run_merge.attach(module)

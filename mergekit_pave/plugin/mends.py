@@ -1,13 +1,16 @@
-"""Mends for defects of mergekit 0.1.5 that stop merges outright, with or without PAVE.
+"""Mends for defects of mergekit 0.1.5, and the two places where our merges reach into it.
 
-Each only turns a crash into what was meant, and does nothing once mergekit is mended.
+A mend only turns a crash into what was meant, and does nothing once mergekit is mended.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
+
+from mergekit.merge_methods import MergeMethod, registry
 
 
 class _Aliases(tuple):
@@ -26,9 +29,9 @@ def mend_cards(card: ModuleType) -> None:
     original = card.is_hf
 
     @functools.wraps(original)
-    def is_hf(path):
+    def is_hf(path, *args, **kwargs):
         try:
-            return original(path)
+            return original(path, *args, **kwargs)
         except Exception:  # the client's transport errors share no base with anything
             if not os.path.exists(path):
                 raise
@@ -45,12 +48,33 @@ def mend_optional_aliases(plan: ModuleType) -> None:
     original = plan.MergePlanner.plan_tensor
 
     @functools.wraps(original)
-    def plan_tensor(self, weight, weights_in, models, cfg_reader):
+    def plan_tensor(self, weight, weights_in, *args, **kwargs):
         if weight.optional:
             weights_in = [
                 w.model_copy(update={"aliases": _Aliases(w.aliases)}) if w.aliases else w
                 for w in weights_in
             ]
-        return original(self, weight, weights_in, models, cfg_reader)
+        return original(self, weight, weights_in, *args, **kwargs)
 
     plan.MergePlanner.plan_tensor = plan_tensor
+
+
+def let_planner_ask(planner: type, method: Callable[[], MergeMethod | None]) -> None:
+    """Let a planner take the method that its merge has made ready, where there is one.
+
+    mergekit looks the method up by its name in a registry that all merges of a process share.
+    """
+    original = planner.__init__
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if ready := method():
+            self._method = ready
+
+    planner.__init__ = __init__
+
+
+def unregister(method: MergeMethod) -> None:
+    """Take a method out of mergekit's registry, which has no way to do so."""
+    registry._METHODS.pop(method.spec.name, None)

@@ -97,6 +97,13 @@ class Input:
         return self.can_be("rank_ratio") != {1} and "covariance" in self.can_be("subspace")
 
     @property
+    def told_by_name(self) -> bool:
+        """Whether any tensor's layer is told by its name, with no covariance to tell it."""
+        if self.estimated:
+            return True
+        return purifies(self.method) and not self.can_be("subspace") <= {"covariance"}
+
+    @property
     def estimated(self) -> bool:
         """Whether they are told from the task vector."""
         data_free = self.get("calibration_dataset") == DATA_FREE and not self.get("covariance")

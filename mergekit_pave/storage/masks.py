@@ -17,15 +17,12 @@ from __future__ import annotations
 import json
 import threading
 import zlib
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,16 +31,9 @@ from torch import Tensor
 
 from mergekit_pave.algebra.emr import Trace
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.storage.covariances import MANIFEST
 from mergekit_pave.storage.files import write_atomically
 from mergekit_pave.storage.identity import checksum
-
-if TYPE_CHECKING:
-    from mergekit.common import ModelReference
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge_methods import TensorGroup
-    from mergekit.options import MergeOptions
 
 FOLDER = "emr"
 KIND = "mergekit-pave task masks"
@@ -114,9 +104,6 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.view(bool)).reshape(shape)
 
 
-_active: Recorder | None = None
-
-
 def files(out_path: Path | str) -> list[Path]:
     """The masks beside a model, the manifest first."""
     folder = Path(out_path) / FOLDER
@@ -124,94 +111,85 @@ def files(out_path: Path | str) -> list[Path]:
     return [file for pattern in patterns for file in folder.glob(pattern)]
 
 
-def _discard(out_path: Path | str) -> None:
-    for file in files(out_path):
-        file.unlink(missing_ok=True)
-    folder = Path(out_path) / FOLDER
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
 def _is_ours(folder: Path) -> bool:
-    """False for a folder of that name with another program's manifest."""
+    """Only by its manifest: a folder of that name may be the user's own."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):  # none, or cut short
-        return True
+    except (OSError, ValueError):
+        return False
     return isinstance(manifest, dict) and manifest.get("kind") == KIND
-
-
-def active() -> Recorder | None:
-    """Where the merge that is running writes its masks; `None` for one in memory."""
-    return _active
-
-
-@contextmanager
-def beside(
-    out_path: Path | str, config: MergeConfiguration, options: MergeOptions
-) -> Iterator[None]:
-    """Keep the masks of the merge inside, if it makes any. A merge that fails leaves none."""
-    global _active
-    recorder = Recorder(Path(out_path) / FOLDER, config, options)
-    # Not a context variable: mergekit merges in threads of its own on several GPUs.
-    _active = recorder
-    try:
-        yield
-        recorder.finish()
-    except BaseException:
-        _discard(out_path)
-        raise
-    finally:
-        _active = None
-    if recorder.tensors and not options.quiet:
-        click.echo(
-            f"mergekit-pave: {out_path} holds the weights that all tasks share, and masks for "
-            f"{len(recorder.tasks)} tasks; `mergekit-pave materialize {out_path} TASK DIR` writes "
-            "a task's model.",
-            err=True,
-        )
 
 
 class Recorder:
     """Takes the masks of a merge, tensor by tensor and from any thread."""
 
-    def __init__(self, folder: Path, config: MergeConfiguration, options: MergeOptions):
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[Hashable, str],
+        base: Hashable,
+        public_base: Mapping[str, str | None],
+        dtype: str | None,
+        rearranges: bool,
+    ):
+        """
+        Args:
+            folder: where they go.
+            models: the id of each fine-tuned model in the merge, and its public name.
+            base: the id of the base.
+            public_base: `id`, for people, and `hub`, the reference that can be loaded from there.
+            dtype: of the merge.
+            rearranges: the vocabulary's rows are no longer those of the base's checkpoint.
+        """
         self.folder = folder
-        self.tasks: dict[Hashable, int] = {}
+        self.tasks = {model: i for i, model in enumerate(models)}
         self.tensors: dict[str, Masked] = {}
-        self._config = config
-        self._rearranges = bool(
-            config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
-        )
+        self._names = list(models.values())
+        self._base, self._public_base = base, dict(public_base)
+        self._dtype, self._rearranges = dtype, rearranges
         self._rescaler: str | None = None
         self._files = 0
         self._held: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
     def add(
-        self, group: TensorGroup, traces: Iterable[tuple[Hashable, Trace]], rescaler: str
+        self,
+        name: str | None,
+        base_id: Hashable,
+        base: Tensor,
+        traces: Iterable[tuple[Hashable, Trace]],
+        rescaler: str,
+        vocabulary: bool,
     ) -> None:
-        """Take one tensor's masks, by model; they are packed one by one."""
-        name, base = group.metadata.name, group.base
-        if name is None or not base.tensor.numel():
+        """Take one tensor's masks, by model; they are packed one by one.
+
+        Args:
+            name: of the tensor in the output.
+            base_id: the base's id in the merge.
+            base: its tensor.
+            traces: of each model that takes part.
+            rescaler: the method's parameter.
+            vocabulary: the tensor has a row for each token.
+        """
+        if name is None or not base.numel():
             return
-        self._begin(base.id, rescaler)
+        self._begin(base_id, rescaler)
         models, packed, own, unified = [], [], [], []
         for model, found in traces:
             models.append(model)
             packed.append(pack(found.mask))
             own.append(found.own)
             unified.append(found.unified)
-        keeps_base = self._rearranges and group.metadata.vocabulary_axis is not None
-        seen = identity(base.tensor)
+        keeps_base = self._rearranges and vocabulary
+        seen = identity(base)
         with self._lock:
             self._held[name] = torch.stack(packed)
             if keeps_base:
-                self._held[name + _BASE] = base.tensor.cpu().contiguous()
+                self._held[name + _BASE] = base.cpu().contiguous()
             self.tensors[name] = Masked(
                 _FILE.format(self._files),
-                tuple(base.tensor.shape),
-                str(base.tensor.dtype).removeprefix("torch."),
+                tuple(base.shape),
+                str(base.dtype).removeprefix("torch."),
                 seen,
                 keeps_base,
                 tuple(self.tasks[model] for model in models),
@@ -223,14 +201,9 @@ class Recorder:
                 self._flush()
 
     def _begin(self, base: Hashable, rescaler: str) -> None:
-        from mergekit_pave.recipe.inputs import inputs
-
         with self._lock:
-            if not self.tasks:
-                models = dict.fromkeys(entry.model for entry in inputs(self._config))
-                self.tasks = {model: i for i, model in enumerate(models)}
-                self._rescaler = rescaler
-        if base != self._config.base_model:
+            self._rescaler = self._rescaler or rescaler
+        if base != self._base:
             raise PaveError(
                 f"emr needs one base for the whole model, and a slice has {base}: remove the "
                 "base_model of the slice."
@@ -261,22 +234,13 @@ class Recorder:
             "format": FORMAT,
             "version": version("mergekit-pave"),
             "rescaler": self._rescaler,
-            "base": _public(self._config.base_model),
-            "dtype": self._config.dtype,
-            "tasks": [_public(model)["id"] for model in self.tasks],
+            "base": self._public_base,
+            "dtype": self._dtype,
+            "tasks": self._names,
             "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()},
         }
         text = json.dumps(manifest, indent=1) + "\n"
         write_atomically(self.folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
-
-
-def _public(model: ModelReference) -> dict[str, Any]:
-    """`id`, for people; `hub`, the whole reference, where it can be loaded from the Hub."""
-    paths = [part.path for part in (model.model, model.lora) if part]
-    return {
-        "id": "+".join(map(name_of, paths)),
-        "hub": None if any(map(is_local, paths)) else str(model),
-    }
 
 
 def _crc32(packed: Tensor) -> int:

@@ -1,0 +1,84 @@
+"""Opening all that a merge looks at, before its first tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from tqdm import tqdm
+
+from mergekit_pave.calibration.stores import open_store
+from mergekit_pave.methods.layers import MergeState, data_key
+from mergekit_pave.models.layers import LayerTable, layer_table
+from mergekit_pave.models.names import is_local, name_of
+from mergekit_pave.models.source import LoaderOptions, model_source
+from mergekit_pave.recipe.inputs import Input, unwrapped
+from mergekit_pave.recipe.parameters import CALIBRATION, COVARIANCE
+from mergekit_pave.storage.covariances import CovarianceStore
+from mergekit_pave.storage.masks import FOLDER, Recorder
+
+
+def open_state(
+    config: MergeConfiguration,
+    entries: Sequence[Input],
+    out: Path,
+    options: MergeOptions,
+    loading: LoaderOptions,
+) -> MergeState:
+    """The state of one merge: every covariance store opened or computed, every layer known.
+
+    Args:
+        config: what is merged.
+        entries: its fine-tuned models.
+        out: the folder that task masks go below.
+        options: mergekit's, for the device of forward passes and whether to show progress.
+        loading: how models are loaded.
+
+    Raises:
+        PaveError: a model without data, or statistics of other weights.
+    """
+    stores: dict[tuple, CovarianceStore] = {}
+    needed = [entry for entry in entries if entry.calibrated]
+    device = torch.device(options.device or "cpu")
+    for entry in (bar := tqdm(needed, desc="Covariances", unit="model", disable=options.quiet)):
+        bar.set_postfix_str(name_of(entry.model.model.path))
+        values = {p.name: p.validate(entry.get(p.name)) for p in (COVARIANCE, *CALIBRATION)}
+        source = model_source(entry.model, loading)
+        stores[data_key(entry.model, values)] = open_store(source, values, loading, device)
+    tables: dict[Hashable, LayerTable] = {}
+    for entry in entries:
+        if entry.told_by_name and entry.model not in tables:
+            trust = loading.trust_remote_code
+            settings = entry.model.config(trust_remote_code=trust)
+            tables[entry.model] = layer_table(settings, trust, name_of(str(entry.model)))
+    return MergeState(stores, tables, _masks(config, entries, out, options))
+
+
+def _masks(
+    config: MergeConfiguration, entries: Sequence[Input], out: Path, options: MergeOptions
+) -> Recorder | None:
+    if not entries or not getattr(unwrapped(entries[0].method), "masks", False):
+        return None
+    models = dict.fromkeys(entry.model for entry in entries)
+    rearranges = config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
+    return Recorder(
+        out / FOLDER,
+        {model: _public(model)["id"] for model in models},
+        config.base_model,
+        _public(config.base_model),
+        config.dtype,
+        bool(rearranges),
+    )
+
+
+def _public(model: ModelReference) -> dict[str, str | None]:
+    """`id`, for people; `hub`, the whole reference, where it can be loaded from the Hub."""
+    paths = [part.path for part in (model.model, model.lora) if part]
+    return {
+        "id": "+".join(map(name_of, paths)),
+        "hub": None if any(map(is_local, paths)) else str(model),
+    }

@@ -1,0 +1,145 @@
+"""The folder that a merge is written to: an earlier merge stays whole until the new one is.
+
+A merge writes into a hidden folder inside the output folder. When it has ended well, the files of
+an earlier merge go, and the new ones take their place. `config.json` goes first and comes last: a
+folder that is cut off in between has none, and every loader refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mergekit.common import ModelReference
+
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.folder import companions
+from mergekit_pave.publish import record
+from mergekit_pave.recipe.reading import CONFIGURATION
+from mergekit_pave.storage import masks
+from mergekit_pave.storage.files import to_disk
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?"
+)
+_CARD, _CONFIG = "README.md", "config.json"
+_STAGING = ".merging-"
+# Tells a staging folder of ours from a user's folder that is called the same.
+_MARKER = "mergekit-pave-staging.json"
+
+
+@contextmanager
+def taking_the_place(out_path: Path | str) -> Iterator[Path]:
+    """A folder to merge into; what is in it moves to `out_path` when the block has ended well.
+
+    Raises:
+        PaveError: the output folder cannot be written.
+    """
+    out = Path(out_path)
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        staging = out / f"{_STAGING}{uuid.uuid4().hex[:12]}"
+        staging.mkdir()
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        (staging / _MARKER).write_text(json.dumps(owner), "utf-8")
+    except OSError as error:
+        raise PaveError(
+            f"Cannot write to the output folder {out} ({error.strerror}); name another one."
+        ) from error
+    # mergekit titles the model card by the folder's own name.
+    inner = staging / (out.resolve().name or "merge")
+    try:
+        yield inner
+        if inner.is_dir():
+            _replace(out, inner)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                out.rmdir()  # nothing was written
+
+
+def _replace(out: Path, inner: Path) -> None:
+    new = {path.relative_to(inner) for path in inner.rglob("*") if path.is_file()}
+    for path in new:
+        to_disk(inner / path)
+    old = _earlier(out)
+    for path in sorted(old, key=lambda path: path.name != _CONFIG):
+        path.unlink(missing_ok=True)
+    for path in {path.parent for path in old} - {out}:
+        with suppress(OSError):
+            path.rmdir()
+    left = sorted(p.name for p in _weights(out) if Path(p.name) not in new)
+    if left:
+        logger.warning(
+            "%s holds weights that this merge has not written (%s): delete them, or they may be "
+            "loaded instead.", out, ", ".join(left)
+        )
+    for path in sorted(new, key=lambda path: path.name == _CONFIG):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(inner / path, out / path)
+    to_disk(out)
+
+
+def _earlier(out: Path) -> list[Path]:
+    """The files of an earlier merge; of a folder that is none, only what is known to be ours."""
+    found = [*record.files(out), *masks.files(out)]
+    if (out / CONFIGURATION).is_file() or found:
+        known = [out / name for name in (_CARD, CONFIGURATION)]
+        found += [*_weights(out), *companions(out).values(), *filter(Path.is_file, known)]
+    return found
+
+
+def _weights(out: Path) -> list[Path]:
+    return [path for path in out.iterdir() if _WEIGHTS.fullmatch(path.name)]
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Staging folders of processes of this machine that have died."""
+    for folder in out.glob(f"{_STAGING}*"):
+        try:
+            owner = json.loads((folder / _MARKER).read_text("utf-8"))
+            dead = owner["host"] == socket.gethostname() and not _is_alive(owner["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if dead:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def refuse_inputs(out_path: Path | str, models: Iterable[ModelReference]) -> None:
+    """Raise `PaveError` where the merge would overwrite what it reads."""
+    out = os.path.realpath(out_path)
+    for model in models:
+        for part in (model.model, model.lora):
+            if part and os.path.isdir(part.path) and os.path.realpath(part.path) == out:
+                raise PaveError(
+                    f"{out_path} is the folder of {part.path}, which is to be merged; choose "
+                    "another folder for the result."
+                )
+
+
+def is_replaced_whole(out_path: Path | str) -> bool:
+    """Whether the folder holds masks or a record of ours, which would belie another merge."""
+    return bool(record.files(out_path) or masks.files(out_path))
