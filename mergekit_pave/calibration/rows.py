@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mergekit_pave.calibration.faults import LOCAL_FILE, explained
+from mergekit_pave.calibration.literal import literal
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import _builder, local_path
 from mergekit_pave.recipe.parameters import GENERATED, PARAMETERS, CalibrationSpec
@@ -192,10 +194,11 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
         raise PaveError(
             f"calibration_config {spec.config!r} means nothing for the local data "
             f"{spec.dataset!r}, which has no configurations; remove the key.")
+    links = Path(datasets.config.HF_DATASETS_CACHE) / "mergekit-pave" / "links"
     if saved:
-        return _open_saved(path, spec)
+        return _open_saved(literal(path, links), spec)
     if path.is_dir():
-        return datasets.load_dataset(str(path), spec.config, split=spec.split)
+        return datasets.load_dataset(str(literal(path, links)), spec.config, split=spec.split)
     builder = _builder(path)
     if builder is None:
         raise PaveError(
@@ -206,7 +209,8 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
                         "with at least one row.")
     name, options = builder
     return datasets.load_dataset(
-        name, data_files=str(path), split=spec.split, cache_dir=_rows_cache(path), **options)
+        name, data_files=str(literal(path, links)), split=spec.split,
+        cache_dir=_rows_cache(path), **options)
 
 
 def _rows_cache(path: Path) -> str:
@@ -239,7 +243,7 @@ def _open_hub(spec: CalibrationSpec) -> Any:
     import datasets
 
     if "://" in spec.dataset:
-        name, options = _builder(Path(spec.dataset)) or (spec.dataset, {})
+        name, options = _builder(Path(urlsplit(spec.dataset).path)) or (spec.dataset, {})
         return datasets.load_dataset(name, data_files=spec.dataset, split=spec.split, **options)
     builder = datasets.load_dataset_builder(spec.dataset, spec.config)
     size = builder.info.download_size
