@@ -144,7 +144,7 @@ def test_unusable_rows_are_skipped_counted_and_replaced(load, caplog):
 
 @pytest.mark.parametrize("rows, reason", [
     ([{"text": None}, {"text": ""}], "empty: 2"),
-    ([{"text": 3}], "not a string: 1"),
+    ([{"text": 3}], "not text \\(int\\): 1"),
     ([{"text": "zzz"}], "no token that the tokenizer knows: 1"),
 ])
 def test_no_usable_row(load, rows, reason):
@@ -260,21 +260,21 @@ def test_chat_without_a_template(load, model):
 def test_rows_that_the_template_refuses_are_skipped(load, chatty):
     refused = [{"role": "system", "content": "w9"}, *MESSAGES]
     samples = load([{"messages": refused}, {"messages": MESSAGES}], path=chatty)
-    assert samples.notes["skipped"] == {"refused by the chat template (no system)": 1}
-    with pytest.raises(PaveError, match="refused by the chat template"):
+    assert samples.notes["skipped"] == {"refused by the chat template": 1}
+    with pytest.raises(PaveError, match=r"refused by the chat template \(no system\): 1"):
         load([{"messages": refused}], path=chatty)
 
 
 @pytest.mark.parametrize("messages, problem", [
-    ([{"role": "narrator", "content": "secret"}], "a message with the role 'narrator'"),
-    ([{"content": "secret"}], "a message with the role None"),
+    ([{"role": "narrator", "content": "secret"}], "a message with an unknown role ('narrator')"),
+    ([{"content": "secret"}], "a message with an unknown role (None)"),
     ([{"role": "user", "content": [{"type": "secret"}]}],
-     "a message whose content is not text but [{'type': str}]"),
-    ([{"role": "user", "content": None}], "a message whose content is not text but NoneType"),
+     "a message whose content is not text ([{'type': str}])"),
+    ([{"role": "user", "content": None}], "a message whose content is not text (NoneType)"),
 ])
 def test_strange_messages_are_skipped_and_their_text_not_shown(load, chatty, messages, problem):
     samples = load([{"messages": messages}, {"messages": MESSAGES}], path=chatty)
-    assert samples.notes["skipped"] == {problem: 1}
+    assert samples.notes["skipped"] == {problem.partition(" (")[0]: 1}
     with pytest.raises(PaveError, match=re.escape(problem)) as raised:
         load([{"messages": messages}], path=chatty)
     assert "secret" not in raised.value.message
@@ -417,7 +417,7 @@ def test_images_that_the_processor_refuses_are_skipped(pictures, vit, monkeypatc
     original = kind.__call__
     monkeypatch.setattr(kind, "__call__", refuse)
     samples = load_samples(CalibrationSpec(str(pictures)), vit, vit_config())
-    assert samples.notes["skipped"] == {"refused by the image processor (too narrow)": 1}
+    assert samples.notes["skipped"] == {"refused by the image processor": 1}
 
 
 def test_images_and_text_do_not_mix(load, pictures, vit, model):

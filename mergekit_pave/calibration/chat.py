@@ -54,13 +54,18 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     if content is None and (message.get("tool_calls") or message.get("function_call")):
         content = ""
     if role not in _ROLES:
-        raise SkipRow(f"a message with the role {role!r}")
+        raise SkipRow("a message with an unknown role", repr(role))
     if not isinstance(content, str):
-        raise SkipRow(f"a message whose content is not text but {shape(content)}")
+        raise SkipRow("a message whose content is not text", shape(content))
     extras = {
         key: value for key, value in message.items()
         if value is not None and key not in ("role", "content", "from", "value")}
     return {"role": _ROLES[role], "content": content, **extras}
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages, and not an empty one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
 
 
 def _is_text_part(part: Any) -> bool:

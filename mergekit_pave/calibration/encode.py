@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mergekit_pave.calibration.chat import normalise, shape, written
+from mergekit_pave.calibration.chat import is_chat, normalise, shape, written
 from mergekit_pave.calibration.limits import (
     decoder_start,
     is_text_encoder,
@@ -39,7 +39,8 @@ class TextEncoder:
 
     Several columns: an encoder-decoder reads the first with its encoder and the second with
     its decoder (a single column feeds both); BERT and its kin take two as a sentence pair;
-    elsewhere they are joined by newlines, leaving out empty ones.
+    columns of messages (`prompt`, `completion`) make one chat; elsewhere they are joined by
+    newlines, leaving out empty ones. Beside text a number is read as it is written.
 
     Attributes:
         tokenizer: the model's own; `None` when the rows hold token ids already.
@@ -68,8 +69,10 @@ class TextEncoder:
             inputs["decoder_input_ids"] = self._shift(target["input_ids"])
         elif len(values) == 1:
             inputs = self._encode(values[0], self.columns[0], mask)
+        elif any(isinstance(value, list) and value for value in values):
+            inputs = self._one_chat(values)
         elif len(values) == 2 and is_text_encoder(self.config):
-            inputs = self._tokenize(*(self._text(value) for value in values))
+            inputs = self._tokenize(*(self._text(self._part(value)) for value in values))
         else:
             inputs = self._tokenize(self._join(values))
         self._check(inputs)
@@ -94,8 +97,7 @@ class TextEncoder:
         if isinstance(value, list) and value:
             if all(type(token) is int for token in value):
                 return {"input_ids": self._kept(value, mask if column == TOKENS else None)}
-            chat = all(isinstance(message, dict) for message in value)
-            if chat and self.tokenizer is not None:
+            if is_chat(value) and self.tokenizer is not None:
                 return self._chat(value, column)
         unread = isinstance(value, (dict, list)) or (
             # A chat that was stored as a JSON string is not prose.
@@ -114,15 +116,31 @@ class TextEncoder:
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             raise SkipRow("empty")
         if not isinstance(value, str):
-            raise SkipRow("not a string")
+            raise SkipRow("not text", shape(value))
         return value
+
+    def _part(self, value: Any) -> Any:
+        """A number in one of several columns, such as an answer, as it is written."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a CSV column of whole numbers with gaps comes as floats
+        return str(value) if type(value) in (int, float) else value
 
     def _join(self, values: list[Any]) -> str:
         # Empty parts are usual in instruction data, whose `input` is optional.
-        parts = [value for value in values if value is not None and value != ""]
-        if any(not isinstance(part, str) for part in parts):
-            raise SkipRow("not a string")
+        parts = [self._part(value) for value in values if value is not None and value != ""]
+        for part in parts:
+            if not isinstance(part, str):
+                raise SkipRow("not text", shape(part))
         return self._text("\n".join(part for part in parts if part.strip()))
+
+    def _one_chat(self, values: list[Any]) -> dict[str, list[int]]:
+        """The messages of several columns as one chat: of `prompt` and `completion`, say."""
+        full = [(value, column) for value, column in zip(values, self.columns, strict=True)
+                if value is not None and value != []]
+        for value, column in full:
+            if not is_chat(value) or self.tokenizer is None:
+                raise self._not_readable(value, column)
+        return self._chat([m for value, _ in full for m in value], ",".join(self.columns))
 
     def _kept(self, ids: list[int], mask: list[int] | None) -> list[int]:
         """Token ids without the padding that the dataset came with."""
@@ -143,7 +161,7 @@ class TextEncoder:
         try:
             text = written(self.tokenizer, messages)
         except TemplateError as error:
-            raise SkipRow(f"refused by the chat template ({error})") from error
+            raise SkipRow("refused by the chat template", str(error)) from error
         except Exception as error:
             raise PaveError(
                 f"the chat template of {self.model} cannot format text_column {column!r} "
@@ -209,23 +227,23 @@ class ImageEncoder:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Tensor]:
         mode = "L" if getattr(self.config, "num_channels", 3) == 1 else "RGB"
-        image = self._open(row[self.column]).convert(mode)
+        image = self._open(row[self.column], mode)
         try:
             pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        except ValueError as error:  # such as an image one pixel wide
-            raise SkipRow(f"refused by the image processor ({error})") from error
+        except Exception as error:  # such as an image one pixel wide
+            raise SkipRow("refused by the image processor", str(error)) from error
         if pixels.dim() != 4 or len(pixels) != 1:
             raise PaveError(
                 f"the image processor of {self.model} cuts an image into {tuple(pixels.shape)}, "
                 "which is not supported; give this model a `covariance` store or text data.")
         return {"pixel_values": pixels[0]}
 
-    def _open(self, value: Any) -> Any:
+    def _open(self, value: Any, mode: str) -> Any:
         import datasets
         from PIL import Image
 
         if isinstance(value, Image.Image):
-            return value
+            return value.convert(mode)
         if not value:
             raise SkipRow("empty")
         if isinstance(value, str):
@@ -233,9 +251,12 @@ class ImageEncoder:
         if not isinstance(value, dict) or not {"path", "bytes"} & value.keys():
             raise self._not_an_image(value)
         try:
-            return datasets.Image().decode_example({"path": None, "bytes": None, **value})
-        except (OSError, ValueError) as error:
-            raise SkipRow("not a readable image") from error
+            image = datasets.Image().decode_example({"path": None, "bytes": None, **value})
+            return image.convert(mode)
+        # Pillow's readers raise whatever a broken header leads to: SyntaxError, struct.error,
+        # DecompressionBombError, ...
+        except Exception as error:
+            raise SkipRow("not a readable image", type(error).__name__) from error
 
     def _path(self, value: str) -> str:
         from PIL import Image

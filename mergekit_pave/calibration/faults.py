@@ -52,8 +52,8 @@ _SENTENCES = (
 _VAGUE = (
     (r"corresponds to no data|StopIteration|SchemaInferenceError|EmptyDataError",
      "{where} has no rows in split {split!r}; name data that has some."),
-    (r"DatasetGenerationCastError|Schema at index",
-     "{where} has files with different columns; name one file, or give them equal columns."),
+    (r"CastError|Couldn't cast|Schema at index|Failed to parse string",
+     "{where} has {unlike}; give them equal columns, or name data that has."),
 )
 
 
@@ -91,8 +91,13 @@ def _match(
         found = re.search(pattern, story, re.DOTALL)
         if found:
             available = (found.groupdict().get("list") or "none").strip("[]")
-            return sentence.format(
-                where=where, split=spec.split, config=spec.config, list=available)
+            path = local_path(spec.dataset)
+            unlike = (
+                "rows with different columns, or different types in one column"
+                if path is not None and path.is_file() else
+                "files with different columns, or different types in one column")
+            return sentence.format(where=where, split=spec.split, config=spec.config,
+                                   list=available, unlike=unlike)
     return None
 
 

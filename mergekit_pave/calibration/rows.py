@@ -32,7 +32,15 @@ SHUFFLE_BUFFER = 10_000
 
 
 class SkipRow(Exception):
-    """The row holds nothing usable; the message is the reason that is counted."""
+    """The row holds nothing usable.
+
+    The message is the reason that is counted and published with the statistics, so it never has
+    words of the row. `detail` may have: it goes to the terminal only.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,7 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
     if saved:
         return _open_saved(literal(path, links), spec)
     if path.is_dir():
+        _warn_of_kinds(path)
         return datasets.load_dataset(str(literal(path, links)), spec.config, split=spec.split)
     builder = _builder(path)
     if builder is None:
@@ -211,6 +220,16 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
     return datasets.load_dataset(
         name, data_files=str(literal(path, links)), split=spec.split,
         cache_dir=_rows_cache(path), **options)
+
+
+@cache
+def _warn_of_kinds(folder: Path) -> None:
+    """Of a folder with files of several kinds `datasets` reads one and passes over the rest."""
+    kinds = sorted({builder[0] for file in folder.rglob("*") if (builder := _builder(file))})
+    if len(kinds) > 1 and not (folder / "README.md").exists():
+        logger.warning(
+            "%s holds files of several kinds (%s), and only those of one kind are read as rows; "
+            "name the file that is meant.", folder, ", ".join(kinds))
 
 
 def _rows_cache(path: Path) -> str:

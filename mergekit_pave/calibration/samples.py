@@ -27,7 +27,7 @@ from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.recipe.parameters import CalibrationSpec
 
 logger = logging.getLogger(__name__)
-# Rows read without a usable one among them before giving up on an endless stream.
+# Rows read in a row without a usable one among them before giving up on an endless stream.
 GIVE_UP = 10_000
 
 
@@ -71,7 +71,6 @@ def load_samples(
         "cache_dir": cache_dir}
     encoder = _encoder(rows, str(model_path), config, loading)
     items, indices, skipped = _encode(rows, encoder)
-    _report(spec, len(items), skipped)
     _show(items[0], encoder)
     return make_samples(items, spec, _notes(rows, encoder, indices, skipped))
 
@@ -156,40 +155,54 @@ def _image_encoder(
 def _encode(
     rows: Rows, encoder: TextEncoder | ImageEncoder
 ) -> tuple[list[dict[str, Tensor]], list[int | None], Counter[str]]:
-    """The first `num_samples` usable rows of the draw, their indices, and the others' faults."""
+    """The first `num_samples` usable rows of the draw, their indices, and the others' faults.
+
+    An endless stream is given up after `GIVE_UP` unusable rows in a row.
+    """
     items: list[dict[str, Tensor]] = []
     indices: list[int | None] = []
     skipped: Counter[str] = Counter()
+    details: dict[str, str] = {}
+    fruitless = 0
     for index, row in rows.draw():
         try:
             items.append(encoder(row))
         except SkipRow as reason:
             skipped[str(reason)] += 1
-            if not items and skipped.total() >= GIVE_UP:
+            details.setdefault(str(reason), reason.detail)
+            fruitless += 1
+            if fruitless >= GIVE_UP and (rows.streamed or not items):
                 break
             continue
+        fruitless = 0
         indices.append(index)
         if len(items) == rows.spec.num_samples:
             break
     if not items:
         raise PaveError(
             f"calibration_dataset {rows.spec.dataset!r} has no usable row in text_column "
-            f"{', '.join(rows.columns)!r} ({_reasons(skipped)}); name data that has some.")
+            f"{', '.join(rows.columns)!r} ({_reasons(skipped, details)}); name data that has some.")
+    _report(rows.spec, len(items), skipped, details)
     return items, indices, skipped
 
 
-def _reasons(skipped: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(5))
+def _reasons(skipped: Counter[str], details: dict[str, str]) -> str:
+    """Counts of the commonest reasons, with what was said of the first row of each."""
+    return ", ".join(
+        f"{reason}{' (' + details[reason] + ')' if details[reason] else ''}: {count}"
+        for reason, count in skipped.most_common(5))
 
 
-def _report(spec: CalibrationSpec, used: int, skipped: Counter[str]) -> None:
+def _report(
+    spec: CalibrationSpec, used: int, skipped: Counter[str], details: dict[str, str]
+) -> None:
     if used < spec.num_samples:
         logger.warning(
             "%s has %d usable rows, fewer than num_calibration_samples %d; using all of them.",
             spec.dataset, used, spec.num_samples)
     if skipped.total() > 0.01 * used:
         logger.warning("Skipped %d of the %d rows drawn from %s (%s).", skipped.total(),
-                       used + skipped.total(), spec.dataset, _reasons(skipped))
+                       used + skipped.total(), spec.dataset, _reasons(skipped, details))
 
 
 def _show(item: dict[str, Tensor], encoder: TextEncoder | ImageEncoder) -> None:
