@@ -231,7 +231,7 @@ def test_splits_and_configurations_of_one_file(write):
 def test_files_with_different_columns(write, tmp_path):
     write("folder/train-1.csv", "text\na\n")
     write("folder/train-2.csv", "other,label\na,1\n")
-    with pytest.raises(PaveError, match="different columns; name one file"):
+    with pytest.raises(PaveError, match="different columns or types; name one file"):
         open_rows(CalibrationSpec(str(tmp_path / "folder")))
 
 

@@ -53,7 +53,7 @@ _VAGUE = (
     (r"corresponds to no data|StopIteration|SchemaInferenceError|EmptyDataError",
      "{where} has no rows in split {split!r}; name data that has some."),
     (r"CastError|Couldn't cast|Schema at index|Failed to parse string",
-     "{where} has {unlike}; give them equal columns, or name data that has."),
+     "{where} has {unlike}."),
 )
 
 
@@ -93,9 +93,10 @@ def _match(
             available = (found.groupdict().get("list") or "none").strip("[]")
             path = local_path(spec.dataset)
             unlike = (
-                "rows with different columns, or different types in one column"
+                "rows with different columns or types; give all rows equal ones"
                 if path is not None and path.is_file() else
-                "files with different columns, or different types in one column")
+                "files with different columns or types; name one file, or give them equal columns"
+            )
             return sentence.format(where=where, split=spec.split, config=spec.config,
                                    list=available, unlike=unlike)
     return None

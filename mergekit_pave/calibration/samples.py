@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from mergekit_pave.calibration.encode import ImageEncoder, TextEncoder
 from mergekit_pave.calibration.limits import main_input
+from mergekit_pave.calibration.needs import missing_input
 from mergekit_pave.calibration.rows import TOKENS, Rows, SkipRow, open_rows
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import is_local, name_of
@@ -131,6 +132,11 @@ def _encoder(
 def refuse_unreadable(rows: Rows, model: str, config: PreTrainedConfig) -> None:
     """Raise `PaveError` for rows of another kind than the model takes."""
     takes = main_input(config)
+    if fault := missing_input(config, rows.image):
+        raise PaveError(
+            f"{model} does not run on {'images' if rows.image else 'text'} alone ({fault}), and "
+            "calibration data can be one of them; give this model a `covariance` store, or use "
+            "`calibration_dataset: none`.")
     if takes not in ("input_ids", "pixel_values"):
         raise PaveError(
             f"{model} takes {takes}, and calibration data can be text or images; give this "

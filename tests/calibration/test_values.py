@@ -210,7 +210,7 @@ def test_a_folder_of_unlike_files_is_called_one(tmp_path, model, files):
     (tmp_path / "data").mkdir()
     for name, text in files.items():
         (tmp_path / "data" / name).write_text(text)
-    with pytest.raises(PaveError, match="has files with different columns, or different types"):
+    with pytest.raises(PaveError, match="has files with different columns or types"):
         load_samples(CalibrationSpec(str(tmp_path / "data")), model, config())
 
 

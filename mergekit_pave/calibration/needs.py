@@ -1,0 +1,57 @@
+"""What a model cannot run without: some take text and images in one forward pass only."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+# How a forward pass ends in which an input is missing. Whatever else goes wrong here, such as an
+# operation that needs values, says nothing of the model.
+_MISSING = re.compile(
+    r"ValueError: .*specify.*|AttributeError: 'NoneType'.*|TypeError: .* missing \d+ required.*")
+
+
+def missing_input(config: PreTrainedConfig, images: bool) -> str | None:
+    """Why the model of a config cannot run on text alone (or on images alone); `None` if it can.
+
+    Runs the model's class on tensors without memory (the `meta` device), and only for configs
+    that hold those of several models.
+    """
+    name = (config.architectures or [None])[0]
+    cls = getattr(transformers, name, None) if name else None
+    if cls is None or not _parts(config):
+        return None
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = cls(copy.deepcopy(config)).eval()
+            model(**(_images(config) if images else _text(config)))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".split("\n")[0]
+        if _MISSING.match(said):
+            return f"{name}, {said.rstrip('.')}"
+    return None
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    return [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+
+
+def _text(config: PreTrainedConfig) -> dict[str, Tensor]:
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _images(config: PreTrainedConfig) -> dict[str, Tensor]:
+    vision = next((c for c in _parts(config) if getattr(c, "image_size", None)), config)
+    size = getattr(vision, "image_size", None) or 224
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(vision, "num_channels", 3)
+    return {"pixel_values": torch.zeros(1, channels, height, width, device="meta")}
