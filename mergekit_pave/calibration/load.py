@@ -23,7 +23,8 @@ class Resources:
     """What one process of a calibration may use.
 
     Attributes:
-        device: kind of device for the forward passes, or a single one (`cuda:1`).
+        device: kind of device for the forward passes, or a single one (`cuda:1`). One that
+            cannot tell its free memory (MPS) leaves them to the CPU.
         max_memory: bytes of weights held in main memory, `None` for what is free.
         statistics_memory: bytes of second moments held at a time, `None` for a share of
             what is free.
@@ -33,17 +34,16 @@ class Resources:
     max_memory: int | None = None
     statistics_memory: int | None = None
 
+    def __post_init__(self):
+        kind = self.device.type
+        if kind != "cpu" and not hasattr(torch.get_device_module(kind), "mem_get_info"):
+            object.__setattr__(self, "device", torch.device("cpu"))
+
     @classmethod
     def from_environment(cls, device: torch.device | str = "cpu") -> Resources:
-        """`MERGEKIT_PAVE_MAX_MEMORY` and `MERGEKIT_PAVE_STATISTICS_MEMORY`, such as `8GiB`.
-
-        A device that cannot tell its free memory (MPS) leaves the forward passes to the CPU.
-        """
-        device = torch.device(device)
-        if device.type != "cpu" and not hasattr(torch.get_device_module(device), "mem_get_info"):
-            device = torch.device("cpu")
+        """`MERGEKIT_PAVE_MAX_MEMORY` and `MERGEKIT_PAVE_STATISTICS_MEMORY`, such as `8GiB`."""
         return cls(
-            device,
+            torch.device(device),
             parse_bytes("MERGEKIT_PAVE_MAX_MEMORY", os.environ.get("MERGEKIT_PAVE_MAX_MEMORY")),
             parse_bytes(
                 "MERGEKIT_PAVE_STATISTICS_MEMORY",

@@ -11,6 +11,8 @@ mergekit itself ignores unknown keys and reads lists as gradients over the layer
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -45,7 +47,19 @@ def check(
             findings.append(Finding("error", "", str(error)))
         if any(f.level == "error" for f in findings):
             break
-    return list(dict.fromkeys(findings))
+    return _joined(findings)
+
+
+def _joined(findings: Iterable[Finding]) -> list[Finding]:
+    """Each thing once; a warning with all the places that it was found at."""
+    places: dict[Finding, list[str]] = {}
+    for finding in findings:
+        same = replace(finding, where="") if finding.level == "warning" else finding
+        places.setdefault(same, []).append(finding.where)
+    return [
+        replace(finding, where=", ".join(dict.fromkeys(filter(None, where))))
+        for finding, where in places.items()
+    ]
 
 
 def preflight(

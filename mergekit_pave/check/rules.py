@@ -111,9 +111,14 @@ def _place(model: ModelReference) -> tuple[str, ...]:
 
 
 def _check_weights(where: str, entries: Sequence[Input]) -> Iterator[Finding]:
-    """A mean by covariances has to be one of something."""
-    if entries and all(entry.solved and entry.can_be("weight") == {0} for entry in entries):
+    """A merge has to be one of something."""
+    if entries and all(entry.is_zero("weight") for entry in entries):
         yield error(where, "every weight is 0, which leaves nothing to merge; raise one.")
+    elif entries and all(entry.is_zero("lambda") for entry in entries):
+        yield Finding(
+            "warning", where, "lambda is 0, which leaves the base's matrices as they are: raise "
+            "it, or remove the key."
+        )
 
 
 def _check_emr(config: MergeConfiguration) -> Iterator[Finding]:

@@ -134,7 +134,8 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
         sys.exit(1)
     for line in estimates(raw, options):
         click.echo(line)
-    click.echo(f"{config}: nothing wrong found.")
+    said = f"{len(findings)} warning{'s' * (len(findings) > 1)}, and no error"
+    click.echo(f"{config}: {said if findings else 'nothing wrong'} found.")
 
 
 @click.command()

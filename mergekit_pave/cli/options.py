@@ -40,6 +40,9 @@ def device_of(name: str):
     import torch
 
     here = torch.accelerator.current_accelerator(check_available=True)
+    # MPS tells nothing of its memory, and has no float64.
+    if here and not hasattr(torch.get_device_module(here), "mem_get_info"):
+        here = None
     if name == "auto":
         return torch.device(here.type if here else "cpu")
     try:

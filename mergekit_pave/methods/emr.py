@@ -25,7 +25,7 @@ from torch import Tensor
 from mergekit_pave.algebra.emr import RESCALERS, elect, trace
 from mergekit_pave.algebra.papers import EMR
 from mergekit_pave.errors import PaveError
-from mergekit_pave.methods.base import StatefulMethod, spec_of
+from mergekit_pave.methods.base import StatefulMethod, check_finite, spec_of
 from mergekit_pave.recipe.parameters import Parameter
 
 _RESCALER = Parameter(
@@ -52,6 +52,9 @@ class EmrMerge(StatefulMethod):
         base = group.base.tensor
         if not group.non_base:
             return base
+        # Before the election, in which NaN or Inf of one model would spread to all.
+        for entry in group.entries:
+            check_finite(entry.tensor, entry.id, group.metadata.name)
         merged = elect(base, [entry.tensor for entry in group.non_base])
         if recorder := self.state.masks:
             traces = ((e.id, trace(base, e.tensor, merged)) for e in group.non_base)
@@ -59,7 +62,7 @@ class EmrMerge(StatefulMethod):
                 group.metadata.name,
                 group.base.id,
                 base,
-                _finite(traces, group.metadata.name),
+                _summable(traces, group.metadata.name),
                 rescaler,
                 vocabulary=group.metadata.vocabulary_axis is not None,
             )
@@ -71,11 +74,11 @@ class EmrMerge(StatefulMethod):
         return merged
 
 
-def _finite(traces: Iterable[tuple], name: str | None) -> Iterable[tuple]:
+def _summable(traces: Iterable[tuple], name: str | None) -> Iterable[tuple]:
     for model, found in traces:
         if not (isfinite(found.own) and isfinite(found.unified)):
             raise PaveError(
-                f"{name} of {model} or of the base holds NaN or Inf, which has no task vector; "
-                "download or save that checkpoint again."
+                f"The difference of {name} of {model} from the base adds up to more than a number "
+                "can hold; download or save both checkpoints again."
             )
         yield model, found

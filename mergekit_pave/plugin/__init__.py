@@ -59,9 +59,11 @@ def _register_methods() -> tuple[str, ...]:
 def _require_mergekit() -> None:
     from importlib.metadata import version
 
+    from packaging.version import Version
+
     found = version("mergekit")
-    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    if numbers < (0, 1, 5):
+    # By the numbers alone: 0.1.5.dev3 and 0.1.5+g1a2b3c have what 0.1.5 has.
+    if Version(found).release < (0, 1, 5):
         raise PaveError(
             f"mergekit-pave needs mergekit 0.1.5 or newer, found {found}: "
             "pip install --upgrade 'mergekit>=0.1.5'."
@@ -87,4 +89,5 @@ def attach(module: ModuleType) -> None:
         mends.mend_optional_aliases(module)
     elif module.__name__ == "mergekit.merge":
         mends.mend_cards(sys.modules["mergekit.card"])
+        mends.mend_dtype(module)
         run_merge.attach(module)

@@ -6,6 +6,7 @@ A mend only turns a crash into what was meant, and does nothing once mergekit is
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -57,6 +58,28 @@ def mend_optional_aliases(plan: ModuleType) -> None:
         return original(self, weight, weights_in, *args, **kwargs)
 
     plan.MergePlanner.plan_tensor = plan_tensor
+
+
+def mend_dtype(merge: ModuleType) -> None:
+    """Keep transformers from telling users of the word `torch_dtype`, which `mergekit.merge` uses.
+
+    Every merge would otherwise begin with a warning that no user can do anything about.
+    """
+    original = merge._model_out_config
+
+    def other(record: logging.LogRecord) -> bool:
+        return "torch_dtype" not in record.getMessage()
+
+    @functools.wraps(original)
+    def _model_out_config(*args, **kwargs):
+        transformers_log = logging.getLogger("transformers.configuration_utils")
+        transformers_log.addFilter(other)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            transformers_log.removeFilter(other)
+
+    merge._model_out_config = _model_out_config
 
 
 def let_planner_ask(planner: type, method: Callable[[], MergeMethod | None]) -> None:

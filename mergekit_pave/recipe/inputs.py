@@ -74,6 +74,11 @@ class Input:
         values = {parameter.validate(value) for _, value in found}
         return values if any(need is None for need, _ in found) else values | {parameter.default}
 
+    def is_zero(self, name: str) -> bool:
+        """Whether a key that the method has is 0 for every tensor."""
+        known = any(p.name == name for p in self.method.spec.parameters)
+        return known and bool(self.settings(name)) and self.can_be(name) == {0}
+
     def _parameter(self, name: str) -> ParameterSpec:
         return next(p for p in self.method.spec.parameters if p.name == name)
 
