@@ -124,7 +124,7 @@ def test_check_warns_and_passes(merge_yml, calibrate, tmp_path):
     raw["models"][0]["parameters"]["covariance"] = str(tmp_path / "store")
     merge_yml.write_text(yaml.safe_dump(raw))
     code, out, err = invoke("check", merge_yml)
-    assert code == 0 and "nothing wrong found" in out
+    assert code == 0 and "no error found" in out
     assert err.startswith("warning: models[0]: covariance is used") and err.count("\n") == 1
 
 
