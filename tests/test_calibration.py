@@ -242,8 +242,8 @@ def test_windows_fit_the_budget():
 def test_cache_is_addressed_by_content(families, texts, tmp_path, monkeypatch):
     paths = families("llama")
     calls = []
-    real = stores.calibrate
-    monkeypatch.setattr(stores, "calibrate", lambda *a: calls.append(a) or real(*a))
+    real = stores.compute
+    monkeypatch.setattr(stores, "compute", lambda *a: calls.append(a) or real(*a))
 
     def folder(path, **changes):
         return cached_store(source_of(path), spec_of(texts[0], **changes), Resources()).folder

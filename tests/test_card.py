@@ -317,7 +317,7 @@ parameters: {parameters}
 
 
 def test_every_method_of_ours_has_its_words():
-    ours = {method.spec.name for method in merging.methods(None)}
+    ours = {method.spec.name for method in merging.methods()}
     assert ours == set(ABOUT) == set(PAPERS)
     for name, about in ABOUT.items():
         assert [paper.arxiv for paper in about.papers] == PAPERS[name]

@@ -35,7 +35,7 @@ def _context():
 def _calibrate(path: Path, data: Path, cache: Path, began, log: Path | None = None) -> None:
     os.environ["MERGEKIT_PAVE_CACHE"] = str(cache)
     torch.set_num_threads(1)
-    real = stores.calibrate
+    real = stores.compute
 
     def noted(*args):
         if log is not None:
@@ -44,7 +44,7 @@ def _calibrate(path: Path, data: Path, cache: Path, began, log: Path | None = No
         began.set()
         return real(*args)
 
-    stores.calibrate = noted
+    stores.compute = noted
     cached_store(source_of(path), spec_of(data), ONE_SITE)
     began.set()  # also where there was nothing left to do
 

@@ -41,6 +41,7 @@ from mergekit_pave.methods.pave import PaveMerge
 from mergekit_pave.models.source import LoaderOptions, tokenizer_of
 from mergekit_pave.plugin.opening import open_state
 from mergekit_pave.recipe.inputs import inputs
+from mergekit_pave.recipe.parameters import Purification
 
 METHODS = ["task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
            "breadcrumbs_ties", "della", "della_linear", "sce"]
@@ -363,8 +364,8 @@ def test_a_model_of_weight_zero_changes_nothing(families, texts, tmp_path):
 def test_all_stores_are_open_before_threads_merge(families, texts, tmp_path, monkeypatch):
     paths = families("llama")
     calls = []
-    real = stores.calibrate
-    monkeypatch.setattr(stores, "calibrate", lambda *a: calls.append(a) or real(*a))
+    real = stores.compute
+    monkeypatch.setattr(stores, "compute", lambda *a: calls.append(a) or real(*a))
     raw = config_of(paths, "pave_ties", texts, rank_ratio=0.8)
     expected = merge(raw, tmp_path / "expected")
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "second-cache"))
@@ -518,8 +519,7 @@ def test_spectral_allocation_spends_the_same_budget_otherwise(families, texts, t
     for allocation in ("spectral", "uniform"):
         method = PaveMerge(ours.inner).within(statistics.MergeState())
         layer = statistics.Layer("fixed", False, lambda: torch.eye(48))
-        own = {"purify": "weight", "rank_ratio": 0.75, "rank_allocation": allocation,
-               "subspace": "covariance", "dampening_frac": None, "regularization": None}
+        own = Purification(rank_ratio=0.75, rank_allocation=allocation)
         layers = {entry.id: layer for entry in group.non_base}
         purified = method._purify(group, layers, own, {})
         ranks[allocation] = [

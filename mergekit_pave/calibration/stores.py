@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,46 @@ import torch
 from huggingface_hub import snapshot_download
 
 from mergekit_pave.calibration.load import Resources
-from mergekit_pave.calibration.run import calibrate, samples_of
+from mergekit_pave.calibration.run import calibrate as compute
+from mergekit_pave.calibration.run import calibrate_to, samples_of
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.source import _NOT_THERE, LoaderOptions, ModelSource
-from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.models.source import _NOT_THERE, LoaderOptions, ModelSource, model_source
+from mergekit_pave.recipe.parameters import CalibrationSpec, CovarianceSource
+from mergekit_pave.recipe.reading import model_reference
 from mergekit_pave.storage.covariances import FINGERPRINTS, FORMAT, MANIFEST, CovarianceStore
 from mergekit_pave.storage.files import cache_folder, locked, make_folder
+
+
+def calibrate(
+    model: str,
+    dataset: str,
+    output: Path | str,
+    *,
+    resources: Resources | None = None,
+    options: LoaderOptions | None = None,
+    **keys: Any,
+) -> CovarianceStore:
+    """Compute a model's covariances on its own task data, into a store on disk.
+
+    Args:
+        model: folder or Hub id, `MODEL[@REVISION][+ADAPTER]`.
+        dataset: a dataset of the Hub, a local file or a folder.
+        output: folder for the store; an interrupted run goes on where it stopped.
+        resources: device and memory, by default the CPU and what is free.
+        options: how the model is loaded.
+        keys: further fields of `recipe.parameters.CalibrationSpec`, such as `num_samples=64` or
+            `text_column="question,answer"`.
+
+    Returns:
+        The second moment `C` (in, in) float32 of every linear layer's inputs, the mean over tokens.
+
+    Raises:
+        PaveError: no model or data there, or data that the model cannot read.
+    """
+    options = options or LoaderOptions()
+    spec = CalibrationSpec(dataset, **keys)
+    source = model_source(model_reference(model), options)
+    return calibrate_to(source, spec, Path(output), resources or Resources())
 
 
 def cached_store(
@@ -37,7 +70,7 @@ def cached_store(
         make_folder(folder.parent)
         with locked(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
-                return calibrate(source, samples, folder, resources, spec.batch_size, identity)
+                return compute(source, samples, folder, resources, spec.batch_size, identity)
     store = CovarianceStore(folder)
     # The same rows may have had another name when they were counted, one that is not to be
     # published any more.
@@ -81,23 +114,27 @@ def fetch_store(
 
 
 def open_store(
-    source: ModelSource, values: Mapping[str, Any], options: LoaderOptions, device: torch.device
+    model: ModelSource, source: CovarianceSource, options: LoaderOptions, device: torch.device
 ) -> CovarianceStore:
     """A model's covariances: the store it names, else the cached one, computed if need be.
 
     Args:
-        source: the model.
-        values: its parameters by name, `covariance` or the calibration keys among them.
+        model: whose they are.
+        source: the store it names, or its calibration data.
         options: for a store that has to be downloaded.
         device: for forward passes.
 
     Raises:
         PaveError: no store, no data, or statistics of other weights.
     """
-    if values["covariance"]:
-        store = fetch_store(values["covariance"], options)
+    if source.store:
+        store = fetch_store(source.store, options)
+    elif source.data:
+        store = cached_store(model, source.data, Resources.from_environment(device.type))
     else:
-        spec = CalibrationSpec.from_parameters(values)
-        store = cached_store(source, spec, Resources.from_environment(device.type))
-    store.verify(source.tensors(), source.label)
+        raise PaveError(
+            f"{model.label} has no calibration data: set calibration_dataset (its own task data) "
+            "or covariance (a store) under its parameters."
+        )
+    store.verify(model.tensors(), model.label)
     return store

@@ -28,10 +28,10 @@ from mergekit_pave.recipe.reading import configuration, read_yaml
 
 
 def check(
-    raw: Any, options: LoaderOptions, allowed: Allowances | None = None
+    raw: Any, options: LoaderOptions | None = None, allowed: Allowances | None = None
 ) -> list[Finding]:
     """All findings for a parsed YAML file; a later stage only runs when the earlier are clean."""
-    allowed = allowed or Allowances()
+    options, allowed = options or LoaderOptions(), allowed or Allowances()
     findings: list[Finding] = []
     stages = (
         lambda: check_keys(raw),

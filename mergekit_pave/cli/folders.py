@@ -9,6 +9,7 @@ import click
 from mergekit_pave.algebra.emr import RESCALERS
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.plugin import register
 from mergekit_pave.publish.card import CARD, write_card
 from mergekit_pave.publish.hub import push_store
 from mergekit_pave.recipe.reading import CONFIGURATION, read_yaml
@@ -36,6 +37,7 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
 
     if private and not push:
         raise PaveError("--private goes with --push REPO_ID.")
+    register()
     if push:
         click.echo(push_merge(folder, push, private=private))
     else:

@@ -173,6 +173,7 @@ def report(config, output, layers, device, lora_merge_cache, transformers_cache,
     from mergekit_pave.report.drawing import require_matplotlib
 
     require_matplotlib()
+    register()
     from mergekit_pave.models.source import LoaderOptions
     from mergekit_pave.report.build import build
     from mergekit_pave.report.page import write

@@ -18,7 +18,7 @@ def _calibration_options(command):
         command = click.option(
             "--" + parameter.name.removeprefix("calibration_").replace("_", "-"),
             parameter.name,
-            type=parameter.kind,
+            type=parameter.plain_type,
             **default,
             required=parameter.name == "calibration_dataset",
             show_default=parameter.default is not None,

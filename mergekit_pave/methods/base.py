@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from typing_extensions import Self
 from mergekit_pave.algebra.papers import EMR, REGMEAN, TSV, Paper
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.layers import Layer, MergeState
-from mergekit_pave.recipe.parameters import Parameter
+from mergekit_pave.recipe.parameters import CovarianceSource, Parameter
 
 
 class StatefulMethod(GroupMergeMethod):
@@ -61,14 +61,25 @@ def of_model(values: Mapping[str, Any], model: Hashable) -> dict[str, Any]:
     }
 
 
-def layer_of(
-    state: MergeState, group: TensorGroup, entry: TensorEntry, values: Mapping[str, Any]
-) -> Layer | None:
-    """The linear layer behind one input of a group; `values` as mergekit bound them."""
-    name = group.metadata.name
-    return state.layer(
-        entry.id, name, entry.tensor, of_model(values, entry.id), group.base.tensor
-    )
+def layers_of(
+    state: MergeState,
+    group: TensorGroup,
+    entries: Iterable[TensorEntry],
+    values: Mapping[str, Any],
+    subspace: str = "covariance",
+) -> dict[Hashable, Layer]:
+    """The linear layers behind inputs of a group, by model; `values` as mergekit bound them."""
+    found: dict[Hashable, Layer] = {}
+    if not is_matrix(group):
+        return found
+    for entry in entries:
+        source = CovarianceSource.of(of_model(values, entry.id))
+        layer = state.layer(
+            entry.id, group.metadata.name, entry.tensor, group.base.tensor, source, subspace
+        )
+        if layer is not None:
+            found[entry.id] = layer
+    return found
 
 
 class CovarianceMethod(StatefulMethod):
@@ -82,13 +93,10 @@ class CovarianceMethod(StatefulMethod):
     solves = True
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        layers: dict[Hashable, Layer] = {}
-        if is_matrix(group):
-            for entry in group.non_base:
-                layer = layer_of(self.state, group, entry, parameters)
-                if layer is not None:
-                    layers[entry.id] = layer
-        self.state.count("purified" if layers else "plain", group.metadata.name)
+        layers = layers_of(self.state, group, group.non_base, parameters)
+        # Where one model lacks a covariance, the method falls back on one that needs none.
+        solved = bool(layers) and len(layers) == len(group.non_base)
+        self.state.count("purified" if solved else "plain", group.metadata.name)
         return finite(self.merge_layers(group, layers, **parameters), group)
 
     @abstractmethod

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isfinite
+from typing import Literal
 
 from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
@@ -29,10 +30,9 @@ from mergekit_pave.methods.base import StatefulMethod, check_finite, spec_of
 from mergekit_pave.recipe.parameters import Parameter
 
 _RESCALER = Parameter(
-    "rescaler", str, RESCALERS[0], False,
+    "rescaler", Literal["tensor_mean", "global"], RESCALERS[0], False,
     "how a task's factor weighs the tensors: `tensor_mean` each alike (the authors' code), "
-    "`global` by size (the paper)",
-    accepts=(RESCALERS.__contains__, "one of " + ", ".join(RESCALERS)))
+    "`global` by size (the paper)")
 
 
 class EmrMerge(StatefulMethod):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from mergekit.common import ModelReference
@@ -19,7 +18,7 @@ from torch import Tensor
 from mergekit_pave.algebra.numeric import wide
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import LayerTable
-from mergekit_pave.recipe.parameters import CALIBRATION, DATA_FREE
+from mergekit_pave.recipe.parameters import CovarianceSource
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.identity import same_layer
 from mergekit_pave.storage.masks import Recorder
@@ -72,14 +71,14 @@ class MergeState:
     Every merge has one of its own. Any number of threads may share it.
 
     Args:
-        stores: open covariance stores, by `data_key`.
+        stores: open covariance stores, by model and where they come from.
         tables: of models whose layers no store tells: `linear_layers` by name and shape.
         masks: takes the task masks of a merge to disk.
     """
 
     def __init__(
         self,
-        stores: Mapping[tuple, CovarianceStore] | None = None,
+        stores: Mapping[tuple[Hashable, CovarianceSource], CovarianceStore] | None = None,
         tables: Mapping[Hashable, LayerTable] | None = None,
         masks: Recorder | None = None,
     ) -> None:
@@ -140,8 +139,9 @@ class MergeState:
         model: Hashable,
         name: str | None,
         tensor: Tensor,
-        values: Mapping[str, Any],
         base: Tensor,
+        source: CovarianceSource,
+        subspace: str = "covariance",
     ) -> Layer | None:
         """The linear layer whose weight `tensor` is; `None` when it is none to purify.
 
@@ -149,20 +149,21 @@ class MergeState:
             model: mergekit's id of the input, a `ModelReference` in a YAML merge.
             name: of the output tensor, `None` in memory.
             tensor: the weight as mergekit loaded it.
-            values: this model's parameters by name.
-            base: the base's tensor, for `calibration_dataset: none`.
+            base: the base's tensor, for an estimated covariance.
+            source: where this model's covariances come from.
+            subspace: `svd` and `random` look at no covariance.
 
         Raises:
             PaveError: no calibration data, or statistics of other weights.
         """
-        if values.get("subspace", "covariance") != "covariance":
+        if subspace != "covariance":
             return self._layer_by_name(model, name, tensor)
-        if values["calibration_dataset"] == DATA_FREE and not values["covariance"]:
+        if source.estimated:
             with self._lock:
                 self.data_free.add(model)
             layer = self._layer_by_name(model, name, tensor)
             return layer and _estimated(layer, tensor, base)
-        store = self._store(model, values)
+        store = self._store(model, source)
         found = store.find(name, tensor)
         if found is not None:
             weight = store.weights[found]
@@ -180,12 +181,11 @@ class MergeState:
             )
         return None
 
-    def _store(self, model: Hashable, values: Mapping[str, Any]) -> CovarianceStore:
-        key = data_key(model, values)
+    def _store(self, model: Hashable, source: CovarianceSource) -> CovarianceStore:
         with self._lock:
-            if key not in self._stores:
-                self._stores[key] = _local_store(model, values)
-            return self._stores[key]
+            if (model, source) not in self._stores:
+                self._stores[model, source] = _local_store(model, source)
+            return self._stores[model, source]
 
     def _layer_by_name(self, model: Hashable, name: str | None, tensor: Tensor) -> Layer | None:
         """Where no data tells them apart: the layers of the model's class, by name."""
@@ -208,19 +208,14 @@ class MergeState:
         return None
 
 
-def data_key(model: Hashable, values: Mapping[str, Any]) -> tuple:
-    """What tells the stores of a merge apart: the model and its calibration keys."""
-    return (model, values["covariance"], *(values[p.name] for p in CALIBRATION))
-
-
-def _local_store(model: Hashable, values: Mapping[str, Any]) -> CovarianceStore:
+def _local_store(model: Hashable, source: CovarianceSource) -> CovarianceStore:
     """A store that was not opened before the merge: one on this machine, for tensors in memory.
 
     Raises:
         PaveError: none is named, or it is not here.
     """
-    if where := values["covariance"]:
-        return CovarianceStore(Path(os.path.expanduser(where)))
+    if source.store:
+        return CovarianceStore(Path(os.path.expanduser(source.store)))
     raise PaveError(
         f"Input {str(model)!r} has no covariances: merge model folders with mergekit-yaml, which "
         "calibrates them, or write a store with `mergekit-pave calibrate` and give its folder as "

@@ -29,12 +29,11 @@ from mergekit_pave.methods.base import (
     StatefulMethod,
     check_finite,
     finite,
-    is_matrix,
-    layer_of,
+    layers_of,
     spec_of,
 )
 from mergekit_pave.methods.layers import Cut, Layer, MergeState
-from mergekit_pave.recipe.parameters import DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS, PREFIX
+from mergekit_pave.recipe.parameters import PARAMETERS, PREFIX, Purification
 from mergekit_pave.storage import decompositions
 from mergekit_pave.storage.files import cache_folder
 
@@ -78,25 +77,21 @@ class PaveMerge(StatefulMethod):
         return own
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        own = {name: parameters[name] for name in PARAMETERS}
+        how = Purification.of(parameters)
         inner = {p.name: parameters[p.name] for p in self.inner.spec.parameters}
-        wants_layers = getattr(self.inner, "solves", False)
-        # A model that contributes nothing here still has inputs, which the others should spare.
-        all_models = wants_layers or own["purify"] == "separate"
-        # What ranks the directions to purify is nothing to a method that needs the covariances.
-        looked_up = {**own, "subspace": "covariance"} if wants_layers else own
+        solves = getattr(self.inner, "solves", False)
         layers: dict[Hashable, Layer] = {}
-        if is_matrix(group) and (own["rank_ratio"] != 1 or wants_layers):
-            for entry in group.non_base:
-                if not (all_models or _contributes(entry, group, inner)):
-                    continue
-                layer = layer_of(self.state, group, entry, looked_up)
-                if layer is not None:
-                    layers[entry.id] = layer
-        purified = self._purify(group, layers, own, inner)
+        if not how.off or solves:
+            # A model that contributes nothing here still has inputs, which the others should spare.
+            everyone = solves or how.purify == "separate"
+            entries = [e for e in group.non_base if everyone or _contributes(e, group, inner)]
+            # What ranks the directions to purify is nothing to a method that needs covariances.
+            ranked_by = "covariance" if solves else how.subspace
+            layers = layers_of(self.state, group, entries, parameters, ranked_by)
+        purified = self._purify(group, layers, how, inner)
         name = group.metadata.name
         self.state.count("plain" if purified is group else "purified", name)
-        if wants_layers:
+        if solves:
             merged = self.inner.merge_layers(purified, layers, **inner)
         else:
             (merged,) = self.inner((purified,), parameters=inner)
@@ -114,7 +109,7 @@ class PaveMerge(StatefulMethod):
         self,
         group: TensorGroup,
         layers: Mapping[Hashable, Layer],
-        own: Mapping[str, Any],
+        how: Purification,
         inner: Mapping[str, Any],
     ) -> TensorGroup:
         """`group` itself when nothing is purified, else a copy in float32 or better."""
@@ -123,16 +118,16 @@ class PaveMerge(StatefulMethod):
             for entry in group.non_base
             if entry.id in layers and _contributes(entry, group, inner)
         ]
-        if own["rank_ratio"] == 1 or not participants:
+        if how.off or not participants:
             return group
         base, name = group.base.tensor, group.metadata.name
         check_finite(base, group.base.id, name)
         for participant in participants:
             check_finite(participant.tensor, participant.model, name)
-        if own["purify"] == "separate":
-            new = separated(participants, layers, base, own)
+        if how.purify == "separate":
+            new = separated(participants, layers, base, how)
         else:
-            new = truncated(participants, base, own)
+            new = truncated(participants, base, how)
         for model, purified in new.items():
             if purified.cut is not None:
                 self.state.record_cut(name, model, purified.cut)
@@ -183,21 +178,18 @@ class Purified:
 
 
 def truncated(
-    participants: list[Participant], base: Tensor, values: Mapping[str, Any]
+    participants: list[Participant], base: Tensor, how: Purification
 ) -> dict[Hashable, Purified]:
     """The least activated directions out of every weight, or out of every task vector.
 
     The paper's method (sections 3.2 and 3.3) with `purify: weight`.
     """
-    of_delta = values["purify"] == "delta"
-    ratio, rank = values["rank_ratio"], min(base.shape)
-    if ratio is None:
-        ratio = DEFAULT_RATIO[values["purify"]]
+    of_delta, ratio, rank = how.purify == "delta", how.rank_ratio, min(base.shape)
     matrices = [wide(p.tensor) - wide(base) if of_delta else wide(p.tensor) for p in participants]
     count = allocation.cap(rank, ratio)
-    found = [_tail(p, m, count, values) for p, m in zip(participants, matrices, strict=True)]
+    found = [_tail(p, m, count, how) for p, m in zip(participants, matrices, strict=True)]
     drops = allocation.allocate(
-        [tail.normalised for tail in found], rank, ratio, values["rank_allocation"]
+        [tail.normalised for tail in found], rank, ratio, how.rank_allocation
     )
     result = {}
     for p, matrix, tail, dropped in zip(participants, matrices, found, drops, strict=True):
@@ -214,7 +206,7 @@ def separated(
     participants: list[Participant],
     others: Mapping[Hashable, Layer],
     base: Tensor,
-    values: Mapping[str, Any],
+    how: Purification,
 ) -> dict[Hashable, Purified]:
     """Every task vector on the inputs that are its own task's rather than the others'.
 
@@ -222,9 +214,9 @@ def separated(
         participants: the models whose weights are purified.
         others: all models with a covariance here, by id; the participants among them.
         base: the base's weight.
-        values: the parameters.
+        how: what is done to them.
     """
-    strength = values["separation"]
+    strength = how.separation
     if strength is None:
         strength = 1 / max(len(others) - 1, 1)
 
@@ -238,7 +230,7 @@ def separated(
     for p in participants:
         own = moment(p.layer)
         try:
-            allowed = subspace.damped(torch.lerp(own, total, strength), **damping_of(values))
+            allowed = subspace.damped(torch.lerp(own, total, strength), **how.damping)
             delta = separate(p.oriented(wide(p.tensor) - wide(base)), own, allowed)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise _unusable(p, error) from error
@@ -247,46 +239,36 @@ def separated(
 
 
 def _tail(
-    participant: Participant, matrix: Tensor, count: int, values: Mapping[str, Any]
+    participant: Participant, matrix: Tensor, count: int, how: Purification
 ) -> subspace.Tail:
     """The `count` least activated directions of one model's weight or task vector."""
-    layer, damping = participant.layer, damping_of(values)
+    layer = participant.layer
 
     def compute() -> subspace.Tail:
         # MPS has no float64.
         here = matrix.cpu() if matrix.device.type == "mps" else matrix
         covariance = None
-        if values["subspace"] == "covariance":
+        if how.subspace == "covariance":
             try:
-                covariance = subspace.damped(layer.covariance().to(here.device), **damping)
+                covariance = subspace.damped(layer.covariance().to(here.device), **how.damping)
             except ValueError as error:
                 raise _unusable(participant, error) from error
         return subspace.tail(
             participant.oriented(here),
             covariance,
             count,
-            subspace=values["subspace"],
+            subspace=how.subspace,
             seed=layer.seed,
         )
 
     # The ablations are cheap, and the address does not tell them apart.
-    if layer.identity is None or values["subspace"] != "covariance":
+    if layer.identity is None or how.subspace != "covariance":
         return compute()
     # The weight as it is stored, so that the dtype of a merge's inputs is part of the name.
-    named = participant.tensor if values["purify"] == "weight" else matrix
-    written = f"{damping['dampening_frac']}|{damping['regularization']}"
+    named = participant.tensor if how.purify == "weight" else matrix
+    written = f"{how.dampening_frac}|{how.regularization}"
     name = decompositions.address(layer.identity, named, layer.transposed, written)
     return decompositions.remembered(cache_folder() / "tails", name, count, compute)
-
-
-def damping_of(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """The keywords of `subspace.damped`; raises `PaveError` when both keys are set."""
-    fraction, absolute = values["dampening_frac"], values["regularization"]
-    if fraction is not None and absolute is not None:
-        raise PaveError("dampening_frac and regularization exclude each other: keep one of them.")
-    if fraction is None and absolute is None:
-        fraction = DEFAULT_DAMPENING
-    return {"dampening_frac": fraction, "regularization": absolute}
 
 
 def _unusable(participant: Participant, error: Exception) -> PaveError:

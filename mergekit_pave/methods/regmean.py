@@ -36,25 +36,32 @@ from mergekit_pave.algebra.separation import flattened, regmean
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import CovarianceMethod, check_finite, spec_of
 from mergekit_pave.methods.layers import Layer
-from mergekit_pave.recipe.parameters import CALIBRATION, COVARIANCE, Parameter
+from mergekit_pave.recipe.parameters import (
+    CALIBRATION,
+    COVARIANCE,
+    NotNegative,
+    Number,
+    Parameter,
+    Share,
+)
 
 PARAMETERS = (
-    Parameter("weight", float, 1.0, True, "weight of this model's squared error", gradient=True,
-              accepts=((lambda value: value >= 0), "0 or more")),
-    Parameter("lambda", float, 1.0, False,
+    Parameter("weight", NotNegative, 1.0, True, "weight of this model's squared error",
+              gradient=True),
+    Parameter("lambda", Number, 1.0, False,
               "scales the merged task vectors of the weights that are solved for", gradient=True),
-    Parameter("lambda_other", float, 1.0, False,
+    Parameter("lambda_other", Number, 1.0, False,
               "scales the mean task vectors of all other tensors", gradient=True),
-    Parameter("averaging", float, 1.0, False,
+    Parameter("averaging", NotNegative, 1.0, False,
               "1 averages the task vectors where models share inputs (RegMean), 0 adds them up",
-              gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
-    Parameter("flattening", float, 0.0, False,
+              gradient=True),
+    Parameter("flattening", Share, 0.0, False,
               "how far the merged singular values are evened out: 0 not at all, 1 all are equal",
-              gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
-    Parameter("reduce_non_diagonal_ratio", float, 0.9, False,
+              gradient=True),
+    Parameter("reduce_non_diagonal_ratio", Share, 0.9, False,
               "factor on the covariances off their diagonal, as in the paper (section 3.3); 1 "
               "wants data that use every direction of their layer's inputs",
-              gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
+              gradient=True),
 )
 
 

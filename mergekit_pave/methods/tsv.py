@@ -38,14 +38,14 @@ from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.papers import TSV
 from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta
 from mergekit_pave.methods.base import check_finite, finite, is_matrix, spec_of
-from mergekit_pave.recipe.parameters import RANK_FRACTION, Parameter
+from mergekit_pave.recipe.parameters import RANK_FRACTION, Number, Parameter
 
 PARAMETERS = (
-    Parameter("weight", float, 1.0, True, "scales the model's delta before its decomposition",
+    Parameter("weight", Number, 1.0, True, "scales the model's delta before its decomposition",
               gradient=True),
     RANK_FRACTION,
-    Parameter("lambda", float, 1.0, False, "scales the merged deltas of matrices", gradient=True),
-    Parameter("lambda_other", float, 1.0, False,
+    Parameter("lambda", Number, 1.0, False, "scales the merged deltas of matrices", gradient=True),
+    Parameter("lambda_other", Number, 1.0, False,
               "scales the mean deltas of all other tensors: norms, biases, embeddings, the output "
               "head", gradient=True),
 )

@@ -22,7 +22,15 @@ from mergekit_pave.algebra.papers import TSV
 from mergekit_pave.methods import regmean, tsv
 from mergekit_pave.methods.base import CovarianceMethod, spec_of
 from mergekit_pave.methods.layers import Layer
-from mergekit_pave.recipe.parameters import CALIBRATION, COVARIANCE, RANK_FRACTION, Parameter
+from mergekit_pave.recipe.parameters import (
+    CALIBRATION,
+    COVARIANCE,
+    RANK_FRACTION,
+    NotNegative,
+    Number,
+    Parameter,
+    Share,
+)
 
 _OFF_DIAGONAL = next(p for p in regmean.PARAMETERS if p.name == "reduce_non_diagonal_ratio")
 _FLATTENING = replace(
@@ -30,17 +38,16 @@ _FLATTENING = replace(
 _MEAN = next(p for p in tsv.PARAMETERS if p.name == "lambda_other")
 
 PARAMETERS = (
-    Parameter("weight", float, 1.0, True, "of this model, in both methods", gradient=True,
-              accepts=((lambda value: value >= 0), "0 or more")),
-    Parameter("balance", float, 0.5, False, "share of TSV-Merge; the rest is RegMean's",
-              gradient=True, accepts=((lambda value: 0 <= value <= 1), "between 0 and 1")),
-    Parameter("averaging", float, None, False,
+    Parameter("weight", NotNegative, 1.0, True, "of this model, in both methods", gradient=True),
+    Parameter("balance", Share, 0.5, False, "share of TSV-Merge; the rest is RegMean's",
+              gradient=True),
+    Parameter("averaging", NotNegative, None, False,
               "RegMean's: how much each other model's inputs count; 1 / (models - 1) when not "
-              "given", gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
+              "given", gradient=True),
     _FLATTENING,
     _OFF_DIAGONAL,
     RANK_FRACTION,
-    Parameter("lambda", float, 1.0, False, "scales the merged task vectors of linear weights",
+    Parameter("lambda", Number, 1.0, False, "scales the merged task vectors of linear weights",
               gradient=True),
     _MEAN,
 )

@@ -12,12 +12,12 @@ from mergekit.options import MergeOptions
 from tqdm import tqdm
 
 from mergekit_pave.calibration.stores import open_store
-from mergekit_pave.methods.layers import MergeState, data_key
+from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.layers import LayerTable, layer_table
 from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import LoaderOptions, model_source
-from mergekit_pave.recipe.inputs import Input, unwrapped
-from mergekit_pave.recipe.parameters import CALIBRATION, COVARIANCE
+from mergekit_pave.recipe.inputs import Input, covariance_source, unwrapped
+from mergekit_pave.recipe.parameters import CovarianceSource
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.masks import FOLDER, Recorder
 
@@ -41,14 +41,14 @@ def open_state(
     Raises:
         PaveError: a model without data, or statistics of other weights.
     """
-    stores: dict[tuple, CovarianceStore] = {}
+    stores: dict[tuple[Hashable, CovarianceSource], CovarianceStore] = {}
     needed = [entry for entry in entries if entry.calibrated]
     device = torch.device(options.device or "cpu")
     for entry in (bar := tqdm(needed, desc="Covariances", unit="model", disable=options.quiet)):
         bar.set_postfix_str(name_of(entry.model.model.path))
-        values = {p.name: p.validate(entry.get(p.name)) for p in (COVARIANCE, *CALIBRATION)}
-        source = model_source(entry.model, loading)
-        stores[data_key(entry.model, values)] = open_store(source, values, loading, device)
+        source = covariance_source(entry)
+        model = model_source(entry.model, loading)
+        stores[entry.model, source] = open_store(model, source, loading, device)
     tables: dict[Hashable, LayerTable] = {}
     for entry in entries:
         if entry.told_by_name and entry.model not in tables:

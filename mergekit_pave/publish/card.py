@@ -23,7 +23,6 @@ from mergekit_pave.algebra.papers import PAVE
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import ABOUT
 from mergekit_pave.models.names import is_local, last_part
-from mergekit_pave.plugin import register
 from mergekit_pave.publish import record, scrub
 from mergekit_pave.recipe.inputs import inputs, purifies, unwrapped
 from mergekit_pave.recipe.parameters import DATA_FREE, DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS
@@ -59,7 +58,6 @@ def write_card(folder: Path | str) -> str:
     Raises:
         PaveError: no output of mergekit, or of a method that is not ours.
     """
-    register()
     folder = Path(folder)
     card_text, source = (_read(folder, name) for name in (CARD, CONFIGURATION))
     raw = _parse(folder, source)

@@ -18,6 +18,7 @@ from mergekit_pave.recipe.parameters import (
     DATA_FREE,
     PARAMETERS,
     CalibrationSpec,
+    CovarianceSource,
 )
 
 
@@ -153,6 +154,12 @@ def calibration_spec(entry: Input) -> CalibrationSpec:
     """The calibration data of one input, as the method would read it."""
     values = {p.name: p.validate(entry.get(p.name)) for p in CALIBRATION}
     return CalibrationSpec.from_parameters(values)
+
+
+def covariance_source(entry: Input) -> CovarianceSource:
+    """Where one input's covariances come from, as the method would read it."""
+    keys = (COVARIANCE, *CALIBRATION)
+    return CovarianceSource.of({p.name: p.validate(entry.get(p.name)) for p in keys})
 
 
 _Member = tuple[str, ModelReference, tuple[Mapping[str, Any], ...]]

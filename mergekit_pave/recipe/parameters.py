@@ -6,15 +6,25 @@ methods, `mergekit-pave check`, the command line and the README's reference tabl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cached_property
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from mergekit_pave.errors import PaveError
 
-SUBSPACES = ("covariance", "svd", "random")
-ALLOCATIONS = ("spectral", "uniform")
+# Ranges of values, each stated once: what a value is checked by, and what its sentence says.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
+
 # What is decomposed and truncated, and the kept fraction of its rank when none is given.
 DEFAULT_RATIO = {"weight": 0.98, "delta": 0.25, "separate": None}
 
@@ -25,111 +35,126 @@ class Parameter:
 
     Attributes:
         name: the key under `parameters`.
-        kind: `str`, `int` or `float`; the value is converted to it.
+        kind: its type with its range, as pydantic takes it; the value is converted to it.
         default: the value when the key is absent; `None` means "not set".
         per_model: may differ between models (and be given once for all of them).
+        doc: one line for `--help` and the reference.
         gradient: a YAML list is meaningful (mergekit interpolates it over the layers).
-        accepts: `(test, sentence)`; the sentence ends "must be ..." when the test fails.
-        doc: one line for `--help` and the README.
     """
 
     name: str
-    kind: type
+    kind: Any
     default: Any
     per_model: bool
     doc: str
     gradient: bool = False
-    accepts: tuple[Callable[[Any], bool], str] | None = None
+
+    @property
+    def plain_type(self) -> type:
+        """`str`, `int` or `float`."""
+        if get_origin(self.kind) is Literal:
+            return str
+        return get_args(self.kind)[0] if get_origin(self.kind) is Annotated else self.kind
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter:
+        return TypeAdapter(self.kind)
 
     def validate(self, value: Any) -> Any:
         """Return `value` as `kind`, or raise `PaveError` with what is accepted."""
         if value is None:
             return None
-        wanted = {str: "a single string", int: "a whole number", float: "a number"}[self.kind]
         try:
-            if isinstance(value, (list, dict)) or isinstance(value, bool):
-                raise ValueError
-            if self.kind is str and not isinstance(value, str):
-                raise ValueError
-            result = self.kind(value)
-            if self.kind is int and float(value) != result:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise PaveError(f"{self.name} must be {wanted}; got {value!r}.") from None
-        if self.kind is float and not math.isfinite(result):
-            raise PaveError(f"{self.name} must be a finite number; got {value!r}.")
-        if self.accepts is not None and not self.accepts[0](result):
-            raise PaveError(f"{self.name} must be {self.accepts[1]}; got {value!r}.")
-        return result
+            # To pydantic, True is 1.
+            return self._adapter.validate_python([] if isinstance(value, bool) else value)
+        except ValidationError as error:
+            wanted = self._wanted(error.errors()[0]["type"])
+        raise PaveError(f"{self.name} must be {wanted}; got {value!r}.")
+
+    def _wanted(self, fault: str) -> str:
+        if fault == "finite_number":
+            return "a finite number"
+        if fault.startswith(("greater_than", "less_than", "literal", "string_pattern")):
+            return accepted(self.kind)
+        return {str: "a single string", int: "a whole number", float: "a number"}[self.plain_type]
 
 
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in names), "one of " + ", ".join(names)
+def accepted(kind: Any) -> str:
+    """The range of a type in words, such as `above 0 and at most 1`."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    said = {}
+    for part in get_args(kind)[1:]:
+        for limit in getattr(part, "metadata", [part]):
+            for name in ("gt", "ge", "le", "pattern"):
+                value = getattr(limit, name, None)
+                if value is not None:
+                    said[name] = value
+    if "pattern" in said:
+        return "a non-empty string"
+    if {"ge", "le"} <= said.keys():
+        return f"between {said['ge']} and {said['le']}"
+    least = "at least {}" if get_args(kind)[0] is int and said.get("ge") else "{} or more"
+    words = {"gt": "above {}", "ge": least, "le": "at most {}"}
+    return " and ".join(words[name].format(said[name]) for name in words if name in said)
 
 
-_POSITIVE_INT = (lambda value: value >= 1), "at least 1"
-_NOT_EMPTY = (lambda value: bool(value.strip())), "a non-empty string"
 # Values of `calibration_dataset` that are no dataset.
 DATA_FREE = "none"
 GENERATED = "self"
 
 CALIBRATION = (
-    Parameter("calibration_dataset", str, None, True,
+    Parameter("calibration_dataset", Text, None, True,
               "the model's own task data: Hub id, local .jsonl/.json/.csv/.parquet/.txt file, "
               "or a folder (data files, or written by `save_to_disk`); `self` has a causal "
               "language model generate its own, up to 256 tokens a row; `none` estimates the "
-              "covariances from the task vectors",
-              accepts=_NOT_EMPTY),
-    Parameter("calibration_config", str, None, True,
-              "configuration (subset) of the dataset", accepts=_NOT_EMPTY),
-    Parameter("calibration_split", str, "train", True,
-              "split, with `datasets` slicing such as `train[:5%]`", accepts=_NOT_EMPTY),
-    Parameter("text_column", str, "text", True,
+              "covariances from the task vectors"),
+    Parameter("calibration_config", Text, None, True,
+              "configuration (subset) of the dataset"),
+    Parameter("calibration_split", Text, "train", True,
+              "split, with `datasets` slicing such as `train[:5%]`"),
+    Parameter("text_column", Text, "text", True,
               "column to read; several joined as `question,answer`; `messages`/`conversations` "
-              "use the model's chat template; an image column uses its processor",
-              accepts=_NOT_EMPTY),
-    Parameter("num_calibration_samples", int, 128, True,
-              "rows to use, drawn with the seed", accepts=_POSITIVE_INT),
-    Parameter("max_seq_length", int, 2048, True,
-              "tokens per row at most (capped by the model); longer rows are cut",
-              accepts=_POSITIVE_INT),
-    Parameter("calibration_batch_size", int, 8, True,
-              "rows per forward pass; never changes the result", accepts=_POSITIVE_INT),
-    Parameter("calibration_seed", int, 42, True,
-              "seed of the draw of rows", accepts=((lambda value: value >= 0), "0 or more")),
+              "use the model's chat template; an image column uses its processor"),
+    Parameter("num_calibration_samples", Count, 128, True,
+              "rows to use, drawn with the seed"),
+    Parameter("max_seq_length", Count, 2048, True,
+              "tokens per row at most (capped by the model); longer rows are cut"),
+    Parameter("calibration_batch_size", Count, 8, True,
+              "rows per forward pass; never changes the result"),
+    Parameter("calibration_seed", Seed, 42, True,
+              "seed of the draw of rows"),
 )
 
 COVARIANCE = Parameter(
-    "covariance", str, None, True,
-    "folder or Hub id of a covariance store; replaces the calibration keys", accepts=_NOT_EMPTY)
+    "covariance", Text, None, True,
+    "folder or Hub id of a covariance store; replaces the calibration keys")
 
 PURIFICATION = (
-    Parameter("purify", str, "weight", False,
+    Parameter("purify", Literal["weight", "delta", "separate"], "weight", False,
               "`weight` truncates the whole fine-tuned weight (the paper's), `delta` its "
               "difference from the base; `separate` truncates nothing but weighs the inputs of "
-              "each task vector by how much they are its own task's",
-              accepts=_one_of(*DEFAULT_RATIO)),
-    Parameter("rank_ratio", float, None, False,
+              "each task vector by how much they are its own task's"),
+    Parameter("rank_ratio", PositiveShare, None, False,
               "kept fraction of the rank (0.98 of a `weight`, 0.25 of a `delta` when not given); "
               "1.0 switches purification off",
-              gradient=True, accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1")),
-    Parameter("separation", float, None, False,
+              gradient=True),
+    Parameter("separation", NotNegative, None, False,
               "with `purify: separate`, how much each other task's inputs count "
               "(1 / (models - 1) when not given); 0 keeps the task vector, 1 and more spares them",
-              gradient=True, accepts=((lambda value: value >= 0), "0 or more")),
-    Parameter("rank_allocation", str, "spectral", False,
+              gradient=True),
+    Parameter("rank_allocation", Literal["spectral", "uniform"], "spectral", False,
               "`spectral` shares the cut between the models by normalised error (the paper's), "
-              "`uniform` cuts every model alike", accepts=_one_of(*ALLOCATIONS)),
-    Parameter("subspace", str, "covariance", False,
+              "`uniform` cuts every model alike"),
+    Parameter("subspace", Literal["covariance", "svd", "random"], "covariance", False,
               "what ranks the directions: `covariance` (the paper's), or `svd` and `random` "
-              "for its ablations", accepts=_one_of(*SUBSPACES)),
-    Parameter("dampening_frac", float, None, False,
+              "for its ablations"),
+    Parameter("dampening_frac", PositiveShare, None, False,
               "damping added to the covariance's diagonal, as a fraction of its mean "
-              "(0.01 when neither damping key is given)", gradient=True,
-              accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1")),
-    Parameter("regularization", float, None, False,
+              "(0.01 when neither damping key is given)", gradient=True),
+    Parameter("regularization", Positive, None, False,
               "absolute damping, as in the paper's code; excludes `dampening_frac`",
-              gradient=True, accepts=((lambda value: value > 0), "above 0")),
+              gradient=True),
 )
 
 DEFAULT_DAMPENING = 0.01
@@ -197,10 +222,81 @@ class CalibrationSpec:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
 
+@dataclass(frozen=True)
+class CovarianceSource:
+    """Where the covariances of one model come from.
+
+    Attributes:
+        store: folder or Hub id of a finished store; it goes before the data.
+        data: the calibration data, `None` without any or with `calibration_dataset: none`.
+        estimated: they are estimated from the task vector.
+    """
+
+    store: str | None = None
+    data: CalibrationSpec | None = None
+    estimated: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> CovarianceSource:
+        """Read `covariance` and the calibration keys of one model."""
+        if values.get("covariance"):
+            return cls(store=values["covariance"])
+        if values.get("calibration_dataset") == DATA_FREE:
+            return cls(estimated=True)
+        if not values.get("calibration_dataset"):
+            return cls()
+        return cls(data=CalibrationSpec.from_parameters(values))
+
+
+@dataclass(frozen=True)
+class Purification:
+    """What is done to the weights of one linear layer before they are merged.
+
+    Attributes are the YAML's keys with their defaults worked out; `rank_ratio` is `None` only
+    where nothing is truncated.
+
+    Raises:
+        PaveError: both damping keys are given.
+    """
+
+    purify: str = "weight"
+    rank_ratio: float | None = None
+    separation: float | None = None
+    rank_allocation: str = "spectral"
+    subspace: str = "covariance"
+    dampening_frac: float | None = None
+    regularization: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dampening_frac is not None and self.regularization is not None:
+            raise PaveError(
+                "dampening_frac and regularization exclude each other: keep one of them.")
+        if self.dampening_frac is None and self.regularization is None:
+            object.__setattr__(self, "dampening_frac", DEFAULT_DAMPENING)
+        if self.rank_ratio is None:
+            object.__setattr__(self, "rank_ratio", DEFAULT_RATIO[self.purify])
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Purification:
+        """Read the keys of `PURIFICATION`; others are left alone."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is to be purified."""
+        return self.rank_ratio == 1
+
+    @property
+    def damping(self) -> dict[str, float | None]:
+        """The keywords of `algebra.subspace.damped`."""
+        return {
+            "dampening_frac": self.dampening_frac, "regularization": self.regularization}
+
+
 RANK_FRACTION = Parameter(
-    "rank_fraction", float, None, False,
+    "rank_fraction", PositiveShare, None, False,
     "share of every matrix's rank that each model keeps; one over the number of models that "
     "changed it when not given",
-    gradient=True, accepts=((lambda value: 0 < value <= 1), "above 0 and at most 1"))
+    gradient=True)
 
 PREFIX = "pave_"

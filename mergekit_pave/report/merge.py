@@ -18,7 +18,7 @@ from torch import Tensor
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import ModelSource
 from mergekit_pave.recipe.inputs import Input
-from mergekit_pave.recipe.parameters import DEFAULT_DAMPENING
+from mergekit_pave.recipe.parameters import Purification
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.identity import same_layer
 
@@ -54,24 +54,6 @@ class Model:
     store: CovarianceStore
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What purification is told for one weight."""
-
-    rank_ratio: float
-    rank_allocation: str
-    subspace: str
-    dampening_frac: float | None
-    regularization: float | None
-
-    @property
-    def damping(self) -> dict[str, float | None]:
-        """The keywords of `subspace.damped`."""
-        if self.dampening_frac is None and self.regularization is None:
-            return {"dampening_frac": DEFAULT_DAMPENING, "regularization": None}
-        return {"dampening_frac": self.dampening_frac, "regularization": self.regularization}
-
-
 @dataclass
 class Layer:
     """One linear weight of all models.
@@ -88,7 +70,7 @@ class Layer:
     block: int | None
     kind: str
     shape: tuple[int, int]
-    settings: Settings
+    settings: Purification
     own: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property

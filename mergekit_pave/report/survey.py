@@ -21,16 +21,13 @@ from mergekit_pave.calibration.stores import open_store
 from mergekit_pave.check import preflight
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.source import LoaderOptions, ModelSource, model_source, read_config
-from mergekit_pave.plugin import register
-from mergekit_pave.recipe.inputs import Input, inputs, purifies
-from mergekit_pave.recipe.parameters import CALIBRATION, COVARIANCE, DEFAULT_RATIO, PREFIX
+from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+from mergekit_pave.recipe.inputs import Input, covariance_source, inputs, purifies
+from mergekit_pave.recipe.parameters import PREFIX, PURIFICATION, Purification
 from mergekit_pave.recipe.reading import configuration, read_yaml
-from mergekit_pave.report.merge import Checkpoint, Layer, Merge, Model, Settings, logger
-from mergekit_pave.storage.covariances import CovarianceStore
-from mergekit_pave.storage.identity import fingerprint, same_layer
+from mergekit_pave.report.merge import Checkpoint, Layer, Merge, Model, logger
+from mergekit_pave.storage.identity import same_layer
 
-_SHARED = ("rank_ratio", "rank_allocation", "subspace", "dampening_frac", "regularization")
 _SWITCHED_OFF = "rank_ratio is 1.0 here"
 # The first number in a name counts layers.
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+)")
@@ -44,7 +41,6 @@ def open_merge(
     Raises:
         PaveError: what `mergekit-pave check` finds, or a store that cannot be had.
     """
-    register()
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -67,7 +63,8 @@ def open_merge(
     _refuse_parts(config, entries[0].base, options)
     sources = [model_source(entry.model, options) for entry in entries]
     models = [
-        Model(label, entry, source, Checkpoint(source), _store_of(entry, source, options, device))
+        Model(label, entry, source, Checkpoint(source),
+              open_store(source, covariance_source(entry), options, device))
         for label, entry, source in zip(
             _distinct([source.label for source in sources]), entries, sources, strict=True)
     ]
@@ -110,20 +107,6 @@ def _is_whole(
     layers = getattr(read_config(base, options), "num_hidden_layers", None)
     ranges = [tuple(source.layer_range) for source in slices[0].sources]
     return len(slices) == 1 and all(found == (0, layers) for found in ranges)
-
-
-def _store_of(
-    entry: Input, source: ModelSource, options: LoaderOptions, device: torch.device
-) -> CovarianceStore:
-    """The covariances of one model, as its merge would get them."""
-    keys = (COVARIANCE, *CALIBRATION)
-    values = {p.name: p.validate(entry.get(p.name)) for p in keys}
-    if not (values["covariance"] or values["calibration_dataset"]):
-        raise PaveError(
-            f"{entry.where}: {source.label} has no calibration data: set calibration_dataset "
-            "(its own task data) or covariance (a store) under its parameters."
-        )
-    return open_store(source, values, options, device)
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
@@ -169,13 +152,13 @@ def depths(names: Sequence[str]) -> dict[str, float]:
 
 
 def _survey(merge: Merge) -> None:
-    """Fill in `layers`, `coverage` and `switched_off` from names, shapes and fingerprints."""
+    """Fill in `layers`, `coverage` and `switched_off` from names, shapes and values."""
     names = merge.base_tensors.names
     depth = depths(names)
     merge.coverage = [
         {what: Counter() for what in ("purified", "plain", "skipped")} for _ in merge.models
     ]
-    for name in tqdm(names, desc="Reading fingerprints", unit="tensor", leave=False):
+    for name in tqdm(names, desc="Reading weights", unit="tensor", leave=False):
         base = merge.base_tensors.get(name)
         # What all models share is the same in the scopes of each.
         settings = _settings(merge.models[0].entry, name, depth[name])
@@ -209,9 +192,9 @@ def _place_in(
     if found is None:
         reasons = [why for key, why in model.store.skipped.items() if same_layer(key, own)]
         return "plain", reasons[0] if reasons else "not a linear layer (embedding, position)"
-    if torch.equal(fingerprint(tensor), fingerprint(base)):
+    if torch.equal(tensor, base):
         return "plain", "equals the base"
-    if layer.settings.rank_ratio == 1:
+    if layer.settings.off:
         return "plain", _SWITCHED_OFF
     if _resolve(model.entry, "weight", layer.name, t) == 0:
         return "plain", "weight is 0 here"
@@ -219,11 +202,8 @@ def _place_in(
     return "purified", "linear layer with its own covariance"
 
 
-def _settings(entry: Input, tensor: str, t: float) -> Settings:
-    values = {key: _resolve(entry, key, tensor, t) for key in _SHARED}
-    if values["rank_ratio"] is None:
-        values["rank_ratio"] = DEFAULT_RATIO["weight"]
-    return Settings(**values)
+def _settings(entry: Input, tensor: str, t: float) -> Purification:
+    return Purification.of({p.name: _resolve(entry, p.name, tensor, t) for p in PURIFICATION})
 
 
 def _resolve(entry: Input, key: str, tensor: str, t: float) -> Any:
