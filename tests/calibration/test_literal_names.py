@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import write_images
+from helpers import write_images
 
 from mergekit_pave.calibration.rows import open_rows
 from mergekit_pave.recipe.parameters import CalibrationSpec

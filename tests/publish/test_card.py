@@ -1,0 +1,475 @@
+"""The model card: what it adds, what it takes out, and that it can be written again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from helpers import HUB, make_output, make_store, write_texts
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import get
+
+from mergekit_pave import methods as merging
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.calibration.stores import cached_store
+from mergekit_pave.cli.folders import card_command
+from mergekit_pave.errors import PaveError
+from mergekit_pave.methods.base import ABOUT
+from mergekit_pave.models.names import name_of
+from mergekit_pave.models.source import LoaderOptions, model_source
+from mergekit_pave.plugin import register
+from mergekit_pave.publish import record
+from mergekit_pave.publish import scrub as public
+from mergekit_pave.publish.card import BEGIN, write_card
+from mergekit_pave.recipe.parameters import CalibrationSpec
+
+register()
+
+def texts_of(folder: Path) -> str:
+    return "\n".join(path.read_text("utf-8") for path in sorted(folder.iterdir()))
+
+
+def test_metadata(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    before = ModelCard.load(out / "README.md").data
+    assert "pave" not in before.tags
+    write_card(out)
+    data = ModelCard.load(out / "README.md").data
+    assert data.tags == ["mergekit", "merge", "pave"]
+    assert data.base_model == [
+        "meta-llama/Llama-2-7b-hf", "WizardLMTeam/WizardMath-7B-V1.0",
+        "RedHatAI/Llama-2-7b-evolcodealpaca"]
+    assert data.base_model_relation == "merge"
+    assert data.datasets == ["openai/gsm8k"]
+    assert data.library_name == "transformers"
+    assert metadata_load(out / "README.md") == data.to_dict()
+    assert ModelCard(str(ModelCard.load(out / "README.md"))).data.to_dict() == data.to_dict()
+
+
+def test_intended_data_without_any_store(tmp_path):
+    text = write_card(make_output(tmp_path / "out", HUB))
+    assert "[openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k), main, train" in text
+    assert "| code.jsonl (not published), train | at most 128 | - | - |" in text
+    assert "2510.14697" in text and "(`rank_ratio`): 0.98" in text
+    assert "0.01 of the mean diagonal" in text
+
+
+LOCAL = """\
+# tried first with {home}/drafts/first.yml, see ../notes/todo.md and C:\\Users\\somebody\\plan.txt
+merge_method: pave_ties
+base_model: {root}/models/base
+models:
+  - model: {root}/models/math expert
+    parameters:
+      calibration_dataset: "{root}/private data/math.jsonl"
+  - model: meta-llama/Llama-2-7b-hf+{root}/models/adapter
+    parameters: {{covariance: ../stores/code-statistics/}}
+  - model: ~/models/other
+    parameters: {{calibration_dataset: /srv/corpora/deep/rows, rank_ratio: 0.9}}
+  - model: {home}
+    parameters: {{calibration_dataset: openai/gsm8k, text_column: "question,answer"}}
+tokenizer:
+  source: {root}/models/base
+"""
+
+
+def test_no_local_path_is_left(tmp_path, monkeypatch):
+    home = tmp_path / "home" / "somebody"
+    monkeypatch.setenv("HOME", str(home))
+    out = make_output(tmp_path / "out", LOCAL.format(root=home / "work", home=home))
+    assert "somebody" in texts_of(out)
+    text = write_card(out)
+    for secret in (str(tmp_path), "somebody", "private data", "corpora", "../", "~/", "drafts/"):
+        assert secret not in texts_of(out), secret
+    source = (out / "mergekit_config.yml").read_text("utf-8")
+    raw = yaml.safe_load(source)
+    assert raw["base_model"] == "base" and raw["tokenizer"]["source"] == "base"
+    assert [model["model"] for model in raw["models"]] == [
+        "math expert", "meta-llama/Llama-2-7b-hf+adapter", "other", "local"]
+    assert raw["models"][0]["parameters"]["calibration_dataset"] == "math.jsonl"
+    assert raw["models"][1]["parameters"]["covariance"] == "code-statistics"
+    assert raw["models"][3]["parameters"]["text_column"] == "question,answer"
+    assert source.splitlines()[0] == (
+        "# tried first with first.yml, see todo.md and plan.txt")
+    assert source in text
+    data = ModelCard(text).data
+    assert data.base_model == ["meta-llama/Llama-2-7b-hf"]
+    assert data.datasets == ["openai/gsm8k"]
+
+
+def test_only_local_models_have_no_parents(tmp_path):
+    source = "merge_method: pave_ties\nbase_model: /m/base\nmodels: [{model: /m/a}]\n"
+    data = ModelCard(write_card(make_output(tmp_path / "out", source))).data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict()
+
+
+@pytest.mark.parametrize("source", [HUB, LOCAL.format(root="/home/a/b", home="/home/a")])
+def test_writing_again_changes_nothing(tmp_path, source):
+    out = make_output(tmp_path / "out", source)
+    write_card(out)
+    once = texts_of(out)
+    write_card(out)
+    assert texts_of(out) == once
+
+
+def test_what_was_found_once_is_kept(tmp_path):
+    store = tmp_path / "secret" / "statistics"
+    make_store(store)
+    source = (f"merge_method: pave_ties\nbase_model: a/base\nmodels:\n"
+              f"  - model: a/expert\n    parameters: {{covariance: {store}}}\n")
+    out = make_output(tmp_path / "out", source)
+    first = write_card(out)
+    assert "| 100 | 12,345 | - |" in first
+    assert "vocabulary layer: 1" in first
+    shutil.rmtree(store)
+    assert write_card(out) == first
+    assert "secret" not in texts_of(out) and "hash-of-data" not in texts_of(out)
+
+
+def test_cached_store_is_found_again(tmp_path, families):
+    paths = families("llama")
+    data = write_texts(tmp_path / "rows.jsonl", rows=6)
+    source = model_source(ModelReference.model_validate(str(paths["expert0"])), LoaderOptions())
+    store = cached_store(source, CalibrationSpec(str(data)), Resources())
+    other = write_texts(tmp_path / "others.jsonl", rows=6)
+    config = {"merge_method": "pave_ties", "base_model": str(paths["base"]), "models": [
+        {"model": str(paths["expert0"]), "parameters": {"calibration_dataset": str(data)}},
+        {"model": str(paths["expert1"]), "parameters": {"calibration_dataset": str(data)}},
+        {"model": str(paths["expert0"]), "parameters": {"calibration_dataset": str(other)}}]}
+    found = record.of_configuration(config)["models"]
+    assert found[0]["data"]["tokens"] == store.manifest["data"]["tokens"]
+    assert [model["data"].get("tokens") for model in found[1:]] == [None, None]
+
+
+def kept(tmp_path, **ranks) -> SimpleNamespace:
+    models = {
+        ModelReference.model_validate(name.replace("__", "/")): r for name, r in ranks.items()}
+    stores = {model: make_store(tmp_path / str(i), rows=32) for i, model in enumerate(models)}
+    return SimpleNamespace(
+        counts={"purified": {"a", "b"}, "plain": {"c"}}, used=stores, ranks=models,
+        data_free=frozenset())
+
+
+MATH = {"WizardLMTeam__WizardMath-7B-V1.0": {"a": (9, 1)}}
+
+
+def recorded_as(out: Path, state: SimpleNamespace, **changes) -> None:
+    """The record that a merge with that outcome leaves."""
+    raw = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
+    config = MergeConfiguration.model_validate({**raw, **changes})
+    record.write(out, record.of_merge(config, state))
+
+
+def test_record_of_a_merge(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    state = kept(tmp_path, **{"WizardLMTeam__WizardMath-7B-V1.0": {"a": (100, 10), "b": (300, 2)}})
+    recorded_as(out, state)
+    facts = record.read(out)
+    assert facts["tensors"] == {"purified": 2, "plain": 1}
+    assert facts["models"][0]["hub"] == ["WizardLMTeam/WizardMath-7B-V1.0"]
+    assert facts["models"][0]["ranks"] == {"a": [100, 10], "b": [300, 2]}
+    text = write_card(out)
+    assert "97.00% (90.00% to 99.33% per tensor)" in text
+    assert "| RedHatAI" not in text  # its weight was 0, or all of it equal to the base's
+    assert "2 tensors were purified, 1 merged plainly" in text
+    assert "fewer tokens than features (least: 0.5 tokens per feature)" in text
+
+
+def test_record_of_another_merge_is_replaced(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    recorded_as(out, kept(tmp_path, **MATH), merge_method="pave_task_arithmetic")
+    assert "88.89%" not in write_card(out)
+    assert record.read(out)["merge_method"] == "pave_ties"
+
+
+def test_what_was_local_to_the_merge_is_so_from_elsewhere(tmp_path, monkeypatch):
+    """`experts/math` looks like a Hub id where there is no such folder."""
+    for name in ("base", "experts/math", "experts/code"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = make_output(tmp_path / "out", """\
+merge_method: regmean
+base_model: base
+models:
+  - model: experts/math
+    parameters: {calibration_dataset: rows/math}
+  - model: org/code
+    parameters: {calibration_dataset: openai/gsm8k}
+""")
+    # mergekit asked the Hub, where somebody has a model of that name.
+    card = ModelCard.load(out / "README.md")
+    card.data.base_model = ["experts/math", "org/code"]
+    card.save(out / "README.md")
+    state = kept(tmp_path / "stores", experts__math={}, org__code={})
+    local = make_store(tmp_path / "local", dataset="math", local=True)
+    state.used[ModelReference.model_validate("experts/math")] = local
+    recorded_as(out, state)
+    monkeypatch.chdir(out)
+    data = ModelCard(write_card(".")).data
+    assert data.base_model == ["org/code"] and data.datasets == ["openai/gsm8k"]
+    assert "experts/math" not in texts_of(out) and "rows/math" not in texts_of(out)
+    raw = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
+    assert [model["model"] for model in raw["models"]] == ["math", "org/code"]
+
+
+def test_data_named_beside_a_store_keeps_its_name(tmp_path):
+    """The store is of other data; what nobody read is no local name for that."""
+    out = make_output(tmp_path / "out", """\
+merge_method: regmean
+base_model: org/base
+models:
+  - model: org/math
+    parameters: {covariance: org/store, calibration_dataset: openai/gsm8k}
+""")
+    state = kept(tmp_path / "stores", org__math={})
+    state.used[ModelReference.model_validate("org/math")] = make_store(
+        tmp_path / "other", dataset="org/other")
+    recorded_as(out, state)
+    write_card(out)
+    assert "calibration_dataset: openai/gsm8k" in (out / "mergekit_config.yml").read_text("utf-8")
+
+
+def test_the_users_own_words_stay(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    card = ModelCard(write_card(out))
+    card.data.license = "llama2"
+    card.data.datasets = ["me/extra"]
+    card.text = card.text.replace("# out", "# My best merge") + "\nEvaluated with care.\n"
+    card.save(out / "README.md")
+    text = write_card(out)
+    assert "# My best merge" in text and text.endswith("Evaluated with care.\n")
+    assert text.count(BEGIN) == 1
+    data = ModelCard(text).data
+    assert data.license == "llama2" and data.datasets == ["me/extra", "openai/gsm8k"]
+
+
+# --- our own methods, and twins that purify nothing -----------------------------------------
+
+PAPERS = {"tsv_m": ["2412.00081"], "regmean": ["2212.09849"], "emr": ["2405.17461"],
+          "tsv_regmean": ["2412.00081", "2212.09849"]}
+PAVES = "2510.14697"
+
+
+def own(folder: Path, method: str, parameters: str = "{}") -> Path:
+    """The output of a merge of two models, with data where the method looks at any."""
+    data = "parameters: {calibration_dataset: openai/gsm8k}" if "regmean" in method else ""
+    return make_output(folder, f"""\
+merge_method: {method}
+base_model: org/base
+models:
+  - model: org/math
+    {data}
+  - model: /srv/models/code
+    {data}
+parameters: {parameters}
+""")
+
+
+def test_every_method_of_ours_has_its_words():
+    ours = {method.spec.name for method in merging.methods()}
+    assert ours == set(ABOUT) == set(PAPERS)
+    for name, about in ABOUT.items():
+        assert [paper.arxiv for paper in about.papers] == PAPERS[name]
+        assert get(name).spec.reference_url == about.papers[0].url
+
+
+@pytest.mark.parametrize("method", PAPERS)
+def test_a_method_of_ours_says_what_it_did(tmp_path, method):
+    out = own(tmp_path / "out", method)
+    text = write_card(out)
+    new = text.partition(BEGIN)[2]
+    assert new.count("@misc") == len(PAPERS[method]) and "purified" not in new and PAVES not in new
+    for paper in PAPERS[method]:
+        assert f"[arXiv {paper}](https://arxiv.org/abs/{paper})" in new
+        assert f"eprint = {{{paper}}}" in new
+    data = ModelCard(text).data
+    assert data.tags == ["mergekit", "merge", method]
+    assert data.base_model == ["org/base", "org/math"]
+    assert "/srv" not in texts_of(out) and "None" not in text
+    assert ("## Calibration" in new) == ("regmean" in method)
+    assert write_card(out) == text
+
+
+def test_settings_of_a_method_of_ours(tmp_path):
+    text = write_card(own(tmp_path / "tsv", "tsv_m", "{lambda: 1.2, rank_fraction: [0.1, 0.2]}"))
+    assert "`rank_fraction` as configured, `lambda` 1.2, `lambda_other` 1.0." in text
+    text = write_card(own(tmp_path / "emr", "emr", "{rescaler: global}"))
+    assert "`rescaler` global." in text and "materialize" in text
+
+
+def test_covariances_that_solved_a_merge(tmp_path):
+    out = own(tmp_path / "out", "regmean", "{averaging: 0.2}")
+    assert "| org/math | [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k)" in (
+        write_card(out))
+    recorded_as(out, kept(tmp_path, org__math={}))
+    text = write_card(out)
+    assert "* 2 tensors were merged by their covariances, 1 merged plainly." in text
+    assert "linear layers that were not merged by their covariances (vocabulary layer: 1)" in text
+    assert "`averaging` 0.2, `flattening` 0.0" in text
+    assert "ranks kept" not in text and "rank_ratio" not in text
+
+
+@pytest.mark.parametrize("method", ["pave_tsv_m", "pave_emr", "pave_regmean"])
+def test_a_twin_of_a_method_of_ours_cites_both(tmp_path, method):
+    out = own(tmp_path / "out", method)
+    recorded_as(out, kept(tmp_path, org__math={"a": (10, 1)}))
+    text = write_card(out)
+    inner = method.removeprefix("pave_")
+    for paper in (PAVES, *PAPERS[inner]):
+        assert f"eprint = {{{paper}}}" in text
+    assert "were purified before they were merged" in text and "90.00%" in text
+    assert "* 2 tensors were purified, 1 merged plainly." in text
+    assert ModelCard(text).data.tags == ["mergekit", "merge", "pave", inner]
+
+
+@pytest.mark.parametrize("method", ["pave_ties", "pave_tsv_m", "pave_regmean"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_purified_nothing_does_not_claim_it(tmp_path, method, recorded):
+    out = own(tmp_path / "out", method, "{rank_ratio: 1.0}")
+    if recorded:
+        state = SimpleNamespace(counts={"purified": set(), "plain": {"a"}}, used={}, ranks={},
+                                data_free=set())
+        recorded_as(out, state)
+    text = write_card(out)
+    assert f"Nothing was purified: the merge is that of `{method.removeprefix('pave_')}`." in text
+    assert f"eprint = {{{PAVES}}}" not in text and "before they were merged" not in text
+    assert "merged plainly" not in text
+
+
+def test_figure_beside_the_model(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    assert "![" not in write_card(out)
+    (out / "report" / "figures").mkdir(parents=True)
+    (out / "report" / "figures" / "spectra.png").write_bytes(b"")
+    assert "](report/figures/spectra.png)" in write_card(out)
+
+
+@pytest.mark.parametrize(("damage", "complaint"), [
+    (lambda out: (out / "README.md").unlink(), "has no README.md"),
+    (lambda out: (out / "mergekit_config.yml").unlink(), "has no mergekit_config.yml"),
+    (lambda out: (out / "mergekit_config.yml").write_text("- 1\n"), "holds no merge config"),
+    (lambda out: (out / "mergekit_config.yml").write_text("a: ["), "is not YAML"),
+    (lambda out: (out / "README.md").write_text("---\n- a\n---\n"), "is broken"),
+    (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "is broken"),
+    (lambda out: (out / record.NAME).write_text("{}"), "is damaged"),
+    (lambda out: (out / "mergekit_config.yml").write_text(HUB.replace("pave_", "")),
+     "merged with ties, which is no method of mergekit-pave"),
+])
+def test_refusals(tmp_path, damage, complaint):
+    out = make_output(tmp_path / "out", HUB)
+    damage(out)
+    before = texts_of(out)
+    with pytest.raises(PaveError, match=complaint):
+        write_card(out)
+    assert texts_of(out) == before
+
+
+def test_command(tmp_path):
+    out = make_output(tmp_path / "out", HUB)
+    result = CliRunner().invoke(card_command, [str(out)])
+    assert result.exit_code == 0, result.output
+    assert BEGIN in (out / "README.md").read_text("utf-8")
+    assert json.loads((out / record.NAME).read_text("utf-8"))["format"] == 1
+    result = CliRunner().invoke(card_command, [str(out), "--private"])
+    assert result.exit_code == 1 and "--push" in result.output
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+    ("gpt2", "gpt2"),
+    ("https://host/data.jsonl", "https://host/data.jsonl"),
+    ("/a/b/", "b"),
+    ("~/x/y.jsonl", "y.jsonl"),
+    ("./models/a", "a"),
+    ("a/b/c", "c"),
+    ("rows.jsonl", "rows.jsonl"),
+    ("C:\\data\\x", "x"),
+    ("file:///srv/x.jsonl", "x.jsonl"),
+    ("/home/somebody", "local"),
+    ("~", "local"),
+    ("/", "local"),
+    ("/models/123", "./123"),
+])
+def test_public_names(path, name):
+    assert name_of(path) == name
+    assert name_of(name) == name
+
+
+LINKS = """\
+![plot](./figures/plot.png) and <img src="../a.png">, [notes](./docs/notes.md)
+from /r/LocalLLaMA/comments at 5 tokens /s/GPU
+"""
+
+
+def test_the_users_links_stay(tmp_path):
+    out = make_output(tmp_path / "out", LOCAL.format(root="/srv/work", home="/home/a"))
+    with (out / "README.md").open("a") as card:
+        card.write(LINKS)
+    text = write_card(out)
+    assert LINKS in text and "/srv" not in text and "/home/a" not in text
+
+
+@pytest.mark.parametrize("text", [
+    "see https://huggingface.co/a/b/c and [this](https://arxiv.org/abs/1)", "either/or, 1/2/3",
+    "</details>", "TIES / DARE", "model.layers/0", "100 MB/s"])
+def test_scrub_leaves_the_rest(text):
+    assert public.scrub_card(text, {}) == text
+    assert public.scrub_card(f"```yaml\n{text}\n```", {}) == f"```yaml\n{text}\n```"
+
+
+@pytest.mark.parametrize("template", [
+    '"{% for m in messages %}{{ \'Q:\\\\n\' + m.content }}{% endfor %}"',
+    "|\n  {{ 'see /opt/x/y' }}\n  {# ~/a/b #}\n", "'C:\\a and /etc/x/y {{ messages }}'"])
+def test_a_chat_template_is_not_cleaned(template):
+    text = f"merge_method: ties # from /srv/a/b\nchat_template: {template}\ndtype: x # ~/c/d\n"
+    clean = public.scrub_configuration(text)
+    assert clean.startswith("merge_method: ties # from b\n") and clean.endswith("dtype: x # d\n")
+    wanted = yaml.safe_load(text)["chat_template"]
+    assert yaml.safe_load(clean)["chat_template"] == wanted
+    card = public.scrub_card(f"see\n```yaml\n{text}```\n/srv/a/b", {})
+    assert card == f"see\n```yaml\n{clean}```\n/srv/a/b"
+
+
+def test_path_that_cannot_be_cut_out_is_refused():
+    with pytest.raises(PaveError, match="could not be taken out"):
+        public.scrub_configuration('base_model: "/srv/my\n  models/a b/base"\n')
+
+
+@pytest.mark.parametrize(("parameters", "words"), [
+    ("{}", ["from its weight.", "(`rank_ratio`): 0.98;"]),
+    ("{purify: delta}", ["from its difference from the base", "(`rank_ratio`): 0.25;"]),
+    ("{purify: delta, rank_ratio: 0.5}", ["(`rank_ratio`): 0.5;"]),
+    ("{purify: separate}", ["rather than the others'", "(`separation`): 1 / (models - 1);"]),
+    ("{purify: separate, separation: 2}", ["(`separation`): 2;"]),
+    ("{purify: [{filter: mlp, value: delta}, {value: weight}]}", ["as the configuration says"]),
+])
+def test_the_card_says_what_was_purified(tmp_path, parameters, words):
+    source = HUB.replace("{rank_ratio: 0.98}", parameters)
+    out = make_output(tmp_path / "out", source)
+    recorded_as(out, kept(tmp_path, **MATH))
+    text = write_card(out)
+    assert all(word in text for word in words)
+    assert "None" not in text
+
+
+def test_covariances_without_data_are_called_so(tmp_path):
+    source = HUB.replace("code.jsonl", "none")
+    out = make_output(tmp_path / "out", source)
+    last = ModelReference.model_validate("RedHatAI/Llama-2-7b-evolcodealpaca")
+    state = SimpleNamespace(counts={"purified": {"a"}, "plain": set()}, used={}, ranks={},
+                            data_free={last})
+    recorded_as(out, state)
+    said = "none (covariances estimated from the task vector)"
+    assert f"| {last} | {said} | - | - | - |" in write_card(out)
+    assert "none" not in metadata_load(out / "README.md").get("datasets", [])
+    (out / "pave_report.json").unlink()
+    assert said in write_card(out)
