@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers as hf
 import yaml
-from conftest import write_images, write_texts
+from helpers import write_images, write_texts
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions

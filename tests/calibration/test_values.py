@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import transformers
-from conftest import write_images, write_tokenizer
+from helpers import write_images, write_tokenizer
 from PIL import Image
 
 from mergekit_pave.calibration import samples as sampling

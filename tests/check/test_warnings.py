@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import recipe
+from helpers import recipe
 
 from mergekit_pave import cli, plugin
 from mergekit_pave.check import check
