@@ -80,6 +80,7 @@ def load_model(
     device: torch.device,
     max_memory: int | None = None,
     scratch: Path | None = None,
+    other_head: bool = False,
 ) -> PreTrainedModel:
     """Load for forward passes only, placed by accelerate; weights may stay in their shards.
 
@@ -90,6 +91,7 @@ def load_model(
             shards as it is needed. By default what is free, less a reserve.
         scratch: folder for a copy of those weights that cannot be read from their shards:
             of pickled checkpoints, and those that transformers rearranges (experts).
+        other_head: the caller replaces the head: one of another size, or none, is no fault.
 
     Raises:
         PaveError: the checkpoint is quantised, or transformers cannot load it.
@@ -108,14 +110,18 @@ def load_model(
         placement["offload_folder"] = str(scratch)
     cls = model_class(config)
     extra = {} if not source.trust_remote_code else {"trust_remote_code": True}
+    if other_head:
+        extra["ignore_mismatched_sizes"] = True
     try:
         model, info = cls.from_pretrained(
             source.path, config=config, dtype=dtype, output_loading_info=True, **placement, **extra
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise PaveError(f"Cannot load {source.label} for calibration: {error}") from error
-    if info.get("missing_keys"):
-        missing = sorted(info["missing_keys"])
+    missing = sorted(info.get("missing_keys") or ())
+    if other_head:
+        missing = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
+    if missing:
         logger.warning(
             "%s has no weights for %s of the tensors of %s (%s, ...): they start at random.",
             source.label, len(missing), type(model).__name__, missing[0],

@@ -13,6 +13,7 @@ _COMMANDS = {
     "card": "folders:card_command",
     "check": "merges:check",
     "compress": "folders:compress_command",
+    "evaluate": "evaluation:evaluate",
     "materialize": "folders:materialize_command",
     "methods": "merges:methods",
     "publish": "folders:publish_command",

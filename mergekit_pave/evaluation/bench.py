@@ -1,0 +1,150 @@
+"""A merge's models on their held-out rows: base, experts and whatever merge is asked about.
+
+One model is in memory at a time. Row scores are cached by content: weights, rows and expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mergekit_pave.calibration.load import Resources
+from mergekit_pave.errors import PaveError
+from mergekit_pave.evaluation.held_out import HeldOut
+from mergekit_pave.evaluation.kept import FORMAT, address, arrays, plain, read_kept, write_kept
+from mergekit_pave.evaluation.models import opened
+from mergekit_pave.evaluation.scores import Kind, Reference, Scores, head_of, reference, score
+from mergekit_pave.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one expert is asked: its held-out rows.
+
+    Attributes:
+        label: the expert's public name.
+        source: its weights; those of the base for rows of no task.
+        kind: what kind of model it is.
+        rows: what it is evaluated on.
+    """
+
+    label: str
+    source: ModelSource
+    kind: Kind
+    rows: HeldOut
+
+
+@dataclass
+class Bench:
+    """Scores of models on all tasks.
+
+    Attributes:
+        tasks: one for each expert, in the order of the configuration.
+        base: the model that they were fine-tuned from, where the merge has one.
+        general: rows of no task, which the base itself answers as the expert.
+        resources: device and memory of forward passes.
+        quiet: no progress bars.
+    """
+
+    tasks: Sequence[Task]
+    base: ModelSource | None
+    general: Task | None = None
+    resources: Resources = field(default_factory=Resources)
+    quiet: bool = False
+    _identities: dict[str, str] = field(default_factory=dict)
+    _experts: dict[int, tuple[Reference, dict[str, Tensor] | None]] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> list[Task]:
+        """All tasks, the general rows last."""
+        return [*self.tasks, *([self.general] if self.general else [])]
+
+    def experts(self) -> list[Scores]:
+        """What every expert scores on its own rows."""
+        return [self._kept(task.source, i) for i, task in enumerate(self.asked)]
+
+    def bases(self) -> list[Scores] | None:
+        """What the base scores on every task's rows; `None` without a base."""
+        return None if self.base is None else self.of(self.base)
+
+    def of(self, source: ModelSource) -> list[Scores]:
+        """What a model scores on every task's rows, from the cache where it is there."""
+        keys = [self._key(source, i) for i in range(len(self.asked))]
+        found = [_read_scores(key) for key in keys]
+        missing = [i for i, scores in enumerate(found) if scores is None]
+        for i, scores in zip(missing, self.fresh(source, missing), strict=True):
+            _write_scores(keys[i], scores)
+            found[i] = scores
+        return found
+
+    def fresh(
+        self, source: ModelSource, which: Sequence[int], part: slice = slice(None)
+    ) -> list[Scores]:
+        """Score a model on some tasks, or on a part of their rows, past the cache."""
+        for i in which:
+            self._expert(i)
+        shared = [i for i in which if self.asked[i].kind != "classifier"]
+        found: dict[int, Scores] = {}
+        if shared:
+            with opened(source, self.resources) as model:
+                for i in self._bar(shared, source):
+                    found[i] = self._score(model, i, part)
+        for i in which:
+            if i in found:
+                continue
+            # Every expert has a head of its own, perhaps with other classes.
+            task, head = self.asked[i], self._expert(i)[1]
+            with opened(source, self.resources, task.source.config(), head) as model:
+                found[i] = self._score(model, i, part)
+        return [found[i] for i in which]
+
+    def _score(self, model, i: int, part: slice) -> Scores:
+        task, (said, _) = self.asked[i], self._expert(i)
+        labels = task.rows.labels
+        try:
+            return score(model, task.kind, task.rows.items[part], said[part],
+                         None if labels is None else labels[part])
+        except PaveError as error:
+            raise PaveError(f"{task.label}: {error}") from error
+
+    def _bar(self, which: Sequence[int], source: ModelSource):
+        return tqdm(which, desc=f"Scoring {source.label}", unit="task", disable=self.quiet)
+
+    def _expert(self, i: int) -> tuple[Reference, dict[str, Tensor] | None]:
+        """What an expert says about its rows, and its head; run once, then kept."""
+        if i not in self._experts:
+            task = self.asked[i]
+            with opened(task.source, self.resources) as model:
+                head = head_of(model) if task.kind == "classifier" else None
+                self._experts[i] = (reference(model, task.kind, task.rows.items), head)
+        return self._experts[i]
+
+    def _kept(self, source: ModelSource, i: int) -> Scores:
+        key = self._key(source, i)
+        if (found := _read_scores(key)) is None:
+            (found,) = self.fresh(source, [i])
+            _write_scores(key, found)
+        return found
+
+    def identity(self, source: ModelSource) -> str:
+        """sha256 of a model's weights and settings, computed once."""
+        if source.path not in self._identities:
+            self._identities[source.path] = source.identity()
+        return self._identities[source.path]
+
+    def _key(self, source: ModelSource, i: int) -> str:
+        task = self.asked[i]
+        return address([FORMAT, self.identity(source), self.identity(task.source), task.kind,
+                        task.rows.digest, str(self.resources.device.type)])
+
+
+def _read_scores(key: str) -> Scores | None:
+    kept = read_kept(key)
+    return None if kept is None else arrays([kept])[0]
+
+
+def _write_scores(key: str, scores: Scores) -> None:
+    write_kept(key, plain([scores])[0])

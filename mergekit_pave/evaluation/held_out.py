@@ -1,0 +1,179 @@
+"""Rows of a model's own data that its calibration did not draw.
+
+Calibration takes the first usable rows of a seeded order (`calibration.rows`); what comes after
+them in that order is held out. So nothing has to be set aside beforehand, and the same rows are
+found again in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_pave.calibration.rows import Rows, SkipRow, open_rows, open_source
+from mergekit_pave.calibration.samples import _digest, _encoder
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.names import name_of
+from mergekit_pave.models.source import ModelSource
+from mergekit_pave.recipe.parameters import CalibrationSpec
+
+LABEL_COLUMNS = ("label", "labels")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Encoded rows, each of its own length, in a fixed order.
+
+    Attributes:
+        items: tensors of one forward pass each, without a batch dimension, as in `Samples.items`.
+        labels: the class of every row, where the data have them.
+        digest: sha256 over tensors and labels.
+        origin: where the rows come from, in words, without local folders.
+    """
+
+    items: tuple[dict[str, Tensor], ...]
+    labels: tuple[int, ...] | None
+    digest: str
+    origin: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all; an image counts as one."""
+        sizes = (item.get("input_ids") for item in self.items)
+        return sum(1 if ids is None else ids.numel() for ids in sizes)
+
+
+def held_out(
+    source: ModelSource, spec: CalibrationSpec, count: int, max_tokens: int, drawn: bool = True
+) -> HeldOut:
+    """Up to `count` usable rows of `spec` behind those that calibration draws.
+
+    Args:
+        source: the model whose tokenizer or processor encodes the rows.
+        spec: its calibration data.
+        count: rows wanted; fewer are taken where the data end.
+        max_tokens: tokens of a row at most.
+        drawn: False where no calibration looks at the data, so that every row is free.
+
+    Raises:
+        PaveError: no row is left, or the model cannot encode the data.
+    """
+    first = spec.num_samples if drawn else 0
+    rows, seen, found = _opened(source, spec, max_tokens), set(), []
+    for index, item in _encoded(rows, source):
+        name = _digest(item)
+        if first > 0:
+            first -= 1
+            seen.add(name)
+        elif name not in seen:
+            # A repeated row says nothing twice.
+            seen.add(name)
+            found.append((index, item))
+            if len(found) == count:
+                break
+    if not found:
+        raise PaveError(
+            f"No row of {name_of(spec.dataset)} is left to evaluate {source.label} on: "
+            f"calibration draws {spec.num_samples}; lower num_calibration_samples, or name other "
+            "rows with --held-out.")
+    return _made(rows.spec, found, source, f"{name_of(spec.dataset)} ({spec.split})")
+
+
+def given(
+    source: ModelSource,
+    spec: CalibrationSpec,
+    calibrated: CalibrationSpec | None,
+    count: int,
+    max_tokens: int,
+) -> HeldOut:
+    """Up to `count` rows of data that the user names, none of which calibration draws.
+
+    Args:
+        source: the model whose tokenizer or processor encodes the rows.
+        spec: the named rows.
+        calibrated: the calibration data, where there are any.
+        count: rows wanted; fewer are taken where the data end.
+        max_tokens: tokens of a row at most.
+
+    Raises:
+        PaveError: the rows overlap with what calibration draws, or cannot be encoded.
+    """
+    drawn: set[str] = set()
+    if calibrated is not None:
+        for number, (_, item) in enumerate(_encoded(_opened(source, calibrated, max_tokens),
+                                                    source)):
+            if number == calibrated.num_samples:
+                break
+            drawn.add(_digest(item))
+    rows, found, overlap, seen = _opened(source, spec, max_tokens), [], 0, set()
+    for index, item in _encoded(rows, source):
+        name = _digest(item)
+        overlap += name in drawn
+        if name not in seen:
+            seen.add(name)
+            found.append((index, item))
+        if len(found) == count:
+            break
+    where = f"{name_of(spec.dataset)} ({spec.split})"
+    if overlap:
+        raise PaveError(
+            f"{overlap} of {len(found)} rows of {where} are rows that the calibration of "
+            f"{source.label} draws; name rows that it does not.")
+    if not found:
+        raise PaveError(f"{where} has no row that {source.label} can read; name other rows.")
+    return _made(rows.spec, found, source, where)
+
+
+def _opened(source: ModelSource, spec: CalibrationSpec, max_tokens: int) -> Rows:
+    if spec.generated:
+        raise PaveError(
+            f"{source.label} writes its calibration data itself, so that no rows are held out; "
+            "name rows of its task with --held-out.")
+    return open_rows(replace(spec, max_seq_length=min(spec.max_seq_length, max_tokens)))
+
+
+def _encoded(rows: Rows, source: ModelSource) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    encoder = _encoder(rows, source.tokenizer, source.config(), {
+        "revision": source.revision or "main", "trust_remote_code": source.trust_remote_code,
+        "cache_dir": source.cache_dir})
+    for index, row in rows.draw():
+        try:
+            yield index, encoder(row)
+        except SkipRow:
+            continue
+
+
+def _made(
+    spec: CalibrationSpec, found: list[tuple[int | None, dict[str, Tensor]]],
+    source: ModelSource, origin: str,
+) -> HeldOut:
+    items = tuple(item for _, item in found)
+    labels = _labels(spec, [index for index, _ in found], source)
+    digests = "".join(map(_digest, items)) + repr(labels)
+    return HeldOut(items, labels, hashlib.sha256(digests.encode()).hexdigest(), origin)
+
+
+def _labels(
+    spec: CalibrationSpec, indices: list[int | None], source: ModelSource
+) -> tuple[int, ...] | None:
+    """Classes as the model numbers them; `None` where the data have none that it knows."""
+    if None in indices:
+        return None  # a stream
+    data = open_source(spec)
+    column = next((name for name in LABEL_COLUMNS if name in data.column_names), None)
+    if column is None:
+        return None
+    config = source.config()
+    values = [_class(data[index][column], config.label2id) for index in indices]
+    known = all(value is not None and 0 <= value < config.num_labels for value in values)
+    return tuple(values) if known else None
+
+
+def _class(value: Any, numbers: dict[str, int]) -> int | None:
+    if isinstance(value, str):
+        return numbers.get(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

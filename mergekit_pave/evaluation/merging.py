@@ -1,0 +1,63 @@
+"""Running a merge the stock way, into a folder that goes when it has been looked at."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.plugin import register
+from mergekit_pave.recipe.reading import configuration
+
+SEED = 0
+
+
+def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, device: str) -> None:
+    """What `mergekit-yaml` does with a configuration, without a card and without bars.
+
+    Raises:
+        PaveError: mergekit cannot merge it, or the disk is full.
+    """
+    register()
+    import mergekit.merge
+    from mergekit.options import MergeOptions
+
+    try:
+        mergekit.merge.run_merge(
+            configuration(raw), str(folder),
+            options=MergeOptions(
+                transformers_cache=options.cache_dir, lora_merge_cache=options.lora_merge_cache,
+                lora_merge_dtype=options.lora_merge_dtype, device=device,
+                trust_remote_code=options.trust_remote_code, random_seed=SEED, quiet=True,
+                write_model_card=False),
+            config_source=yaml.safe_dump(dict(raw), sort_keys=False))
+    except OSError as error:
+        raise PaveError(
+            f"The merge cannot be written to {folder.parent} ({error.strerror or error}); what is "
+            "scored is kept, run it again once there is room.") from error
+
+
+@contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` for merges that nobody keeps.
+
+    Raises:
+        PaveError: the folder cannot be made.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".mergekit-pave-", dir=parent))
+    except OSError as error:
+        raise PaveError(f"Cannot write to {parent} ({error.strerror}); name another folder.") \
+            from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
