@@ -50,7 +50,11 @@ def name_of(path: str) -> str:
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder, `local` where that is a user's."""
+    """The name of a file or folder, `local` where that is a user's.
+
+    It has no line break, is UTF-8, and reads as a name: `./123` and `./[draft]` where YAML would
+    take the bare word for a number or a list.
+    """
     parts = [part for part in re.split(r"[\\/]+", path) if part]
     name = parts[-1] if parts else "local"
     if name in (".", ".."):
@@ -58,5 +62,15 @@ def last_part(path: str) -> str:
     home = len(parts) > 1 and parts[-2] in ("home", "Users")
     if home or name in ("", "~", Path.home().name):
         name = "local"
-    # `model: 123` would be a number where a name is meant.
-    return name if yaml.safe_load(name) == name else f"./{name}"
+    name = _UNPRINTABLE.sub("_", name).encode("utf-8", "replace").decode()
+    return name if _is_yaml_text(name) else f"./{name}"
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+def _is_yaml_text(name: str) -> bool:
+    try:
+        return yaml.safe_load(name) == name
+    except yaml.YAMLError:
+        return False
