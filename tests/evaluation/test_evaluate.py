@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import recipe, write_texts
+from helpers import recipe, write_texts
 
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.calibration.samples import _digest, load_samples
