@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ class NotFinite(PaveError):
     """An input of a linear layer holds NaN or Inf."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass after the last site of interest."""
+class Stop(Exception):
+    """Ends a forward pass of which all that is wanted has been seen."""
 
 
 @contextmanager
@@ -83,8 +84,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return model.device if model.device.type != "meta" else torch.device("cpu")
 
 
-def forward(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> None:
-    """One pass whose outputs nobody wants; ends early when a hook says so.
+def forward(
+    model: PreTrainedModel,
+    batch: Batch,
+    device: torch.device | None = None,
+    logits: bool = False,
+) -> Any:
+    """One pass; returns the model's output, `None` when a hook ended it early.
+
+    A language model computes the logits of the last token only, unless `logits`.
 
     Inputs go to `device`, by default the model's.
     """
@@ -95,14 +103,14 @@ def forward(model: PreTrainedModel, batch: Batch, device: torch.device | None = 
     }
     if "input_ids" in inputs and getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
-    if "logits_to_keep" in _arguments(type(model)):
+    if not logits and "logits_to_keep" in _arguments(type(model)):
         # The logits of every token are often larger than all that is collected.
         inputs["logits_to_keep"] = 1
     try:
         with torch.inference_mode():
-            model(**inputs)
-    except _Stop:
-        pass
+            return model(**inputs)
+    except Stop:
+        return None
 
 
 @cache
@@ -171,27 +179,40 @@ def collect_window(
     window: Sequence[SitePlan],
     batches: Sequence[Batch],
     progress: tqdm,
+    run: Callable[[int], Any] | None = None,
 ) -> dict[str, SecondMoment]:
     """Second moments of one window's sites over all batches.
+
+    Args:
+        model: the model.
+        modules: its linear layers by weight name.
+        window: the sites.
+        batches: inputs of its forward passes.
+        progress: one step per batch.
+        run: sends the batch of that number through the part of the model that holds the sites;
+            by default the model runs up to the last of them.
 
     Raises:
         NotFinite: an input holds NaN or Inf.
     """
     moments = {site.name: SecondMoment(site.width) for site in window}
     remaining = expected = sum(site.calls for site in window)
-    stop_early = all(site.calls for site in window)
+    stop_early = run is None and all(site.calls for site in window)
 
     def see(name: str, x: Tensor) -> None:
         nonlocal remaining
         moments[name].add(x)
         remaining -= 1
         if stop_early and remaining == 0:
-            raise _Stop
+            raise Stop
 
     with watching({site.name: modules[site.name] for site in window}, see):
         for number, batch in enumerate(batches):
             remaining = expected
-            forward(model, batch)
+            if run:
+                run(number)
+            else:
+                forward(model, batch)
             bad = _first_not_finite(moments)
             if bad:
                 raise NotFinite(

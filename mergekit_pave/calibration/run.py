@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mergekit_pave.calibration.blocks import Walk, observed
 from mergekit_pave.calibration.collect import (
     NotFinite,
     SitePlan,
@@ -23,17 +24,22 @@ from mergekit_pave.calibration.collect import (
     plan_sites,
     windows,
 )
+from mergekit_pave.calibration.finish import finish
 from mergekit_pave.calibration.generate import generated_samples
 from mergekit_pave.calibration.load import Resources, load_model
 from mergekit_pave.calibration.processes import ALONE, Workers
 from mergekit_pave.calibration.samples import Samples, batches, load_samples
+from mergekit_pave.calibration.states import States
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import LinearLayers, is_transposed, linear_layers, warn_of_unseen
+from mergekit_pave.models.layers import LinearLayers, linear_layers
 from mergekit_pave.models.source import ModelSource, culprit
 from mergekit_pave.recipe.parameters import CalibrationSpec
-from mergekit_pave.storage.covariances import FORMAT, MANIFEST, CovarianceStore, StoreWriter, Weight
+from mergekit_pave.storage.covariances import FORMAT, MANIFEST, CovarianceStore, StoreWriter
 from mergekit_pave.storage.files import locked, make_folder, write_atomically
-from mergekit_pave.storage.identity import fingerprint
+
+logger = logging.getLogger(__name__)
+# Of the memory for sums what the states between two blocks may take.
+_STATES = 0.25
 
 
 def calibrate_to(
@@ -119,10 +125,100 @@ def calibrate(
             layers = linear_layers(model)
             if not layers.modules:
                 raise PaveError(f"{source.label} has no linear layer that could be purified.")
-        sites = _collect(source, model, layers, samples, resources, batch_size, writer, workers)
+        sites = _collect(source, model, layers, samples, resources, batch_size, writer, workers,
+                         scratch)
         if writer is None:
             return None
         return finish(writer, source, samples, layers, sites, identity)
+
+
+@dataclass
+class Plan:
+    """How the sites of a model are collected.
+
+    Attributes:
+        sites: all of them, in the order of the forward pass.
+        windows: those that are not finished, in runs that fit the memory for sums.
+        blocks: names of the blocks to go through one by one; empty to run the model as a whole
+            for each window.
+        steps: for each block, and for what lies outside of them, its windows.
+        marks: what an ordinary pass over `probe` gave to the blocks; in the main process only.
+        probe: a batch of one row.
+    """
+
+    sites: list[SitePlan]
+    windows: list[list[SitePlan]]
+    blocks: tuple[str, ...] = ()
+    steps: list[list[list[SitePlan]]] = field(default_factory=list)
+    marks: list[Tensor] = field(default_factory=list)
+    probe: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Collector:
+    """Collects windows of sites with all processes, and has the main one write them."""
+
+    source: ModelSource
+    model: PreTrainedModel
+    layers: LinearLayers
+    work: list[dict]
+    writer: StoreWriter | None
+    workers: Workers
+    progress: tqdm
+
+    def window(
+        self, window: Sequence[SitePlan], run: Callable[[int], Any] | None = None
+    ) -> None:
+        """One window; `run` as `collect_window` has it."""
+        with self.workers.together():
+            try:
+                moments = collect_window(
+                    self.model, self.layers.modules, window, self.work, self.progress,
+                    *([run] if run else []))
+            except NotFinite as error:
+                raise PaveError(
+                    culprit(self.source) or f"{self.source.label}: {error}") from error
+        self.workers.total(moments)
+        if self.writer:
+            # A second moment of zeros ranks no direction above another.
+            for name in [n for n, m in moments.items() if not (m.count and m.sum.any())]:
+                del moments[name]
+            self.writer.take(moments)
+
+    def through_blocks(self, plan: Plan, states: States) -> bool:
+        """All windows, block by block; False if the model turns out not to go that way.
+
+        A probe goes ahead of the batches through every block, and is compared with what it
+        met in an ordinary pass before anything is collected there.
+        """
+        main = self.workers.main
+        probe = [plan.probe] if main else []
+        walk = Walk(self.model, plan.blocks, [*self.work, *probe], states)
+
+        def ahead(block: int) -> bool:
+            try:
+                walk.run(block, len(self.work), True)
+                return walk.agrees(len(self.work), plan.marks)
+            except Exception as error:  # of a model's code that misses what it carries along
+                logger.info("Block %s of %s: %s", block, self.source.label, error)
+                return False
+
+        last = max(number for number, windows in enumerate(plan.steps) if windows)
+        with walk.walking():
+            for block, todo in enumerate(plan.steps[: last + 1]):
+                with walk.at(block):
+                    inside = block < len(plan.blocks)
+                    if inside and not self.workers.from_main(partial(ahead, block)):
+                        return False
+                    for window in todo[:-1]:
+                        self.window(window, lambda n, k=block: walk.run(k, n, False))
+                    if todo:
+                        self.window(todo[-1], lambda n, k=block: walk.run(k, n, True))
+                        continue
+                    for number in range(len(self.work)):
+                        walk.run(block, number, True)
+                        self.progress.update()
+        return True
 
 
 def _collect(
@@ -134,27 +230,29 @@ def _collect(
     batch_size: int,
     writer: StoreWriter | None,
     workers: Workers,
+    scratch: Path,
 ) -> list[SitePlan]:
     """Have the main process's `writer` hold the covariances of all sites; returns the sites."""
     work = list(batches(workers.deal(samples), batch_size))
     budget = min(workers.gather(resources.statistics_budget()))
-    sites, todo = workers.from_main(lambda: _plan(model, layers, work, writer, budget))
-    label = f"Calibrating {source.label}"
-    bar = tqdm(total=len(todo) * len(work), desc=label, unit="batch", disable=not workers.main)
+    plan = workers.from_main(lambda: _plan(model, layers, work, writer, budget))
+    runs = sum(max(1, len(windows)) for windows in plan.steps) or len(plan.windows)
+    bar = tqdm(
+        total=runs * len(work), desc=f"Calibrating {source.label}", unit="batch",
+        disable=not workers.main)
     with bar as progress:
-        for window in todo:
-            with workers.together():
-                try:
-                    moments = collect_window(model, layers.modules, window, work, progress)
-                except NotFinite as error:
-                    raise PaveError(culprit(source) or f"{source.label}: {error}") from error
-            workers.total(moments)
-            if writer:
-                # A second moment of zeros ranks no direction above another.
-                for name in [n for n, m in moments.items() if not (m.count and m.sum.any())]:
-                    del moments[name]
-                writer.take(moments)
-    return sites
+        collector = _Collector(source, model, layers, work, writer, workers, progress)
+        if plan.blocks:
+            states = States(int(budget * _STATES), scratch / "states")
+            if collector.through_blocks(plan, states):
+                return plan.sites
+            logger.info("%s does not run block by block; its windows cost a pass each.",
+                        source.label)
+            plan = workers.from_main(
+                lambda: Plan(plan.sites, windows(_missing(plan.sites, writer), budget)))
+        for window in plan.windows:
+            collector.window(window)
+    return plan.sites
 
 
 def _plan(
@@ -163,14 +261,30 @@ def _plan(
     work: Sequence[dict],
     writer: StoreWriter,
     budget: int,
-) -> tuple[list[SitePlan], list[list[SitePlan]]]:
-    """All sites, and the windows of those that are not finished yet."""
+) -> Plan:
     smallest = min(work, key=lambda batch: sum(value.numel() for value in batch.values()))
     # Of one row: a classifier without a padding token takes no more, and this pass goes through
     # its head.
     one = {name: value[:1] for name, value in smallest.items()}
-    sites = plan_sites(model, layers.modules, one)
-    return sites, windows([site for site in sites if site.name not in writer.sites], budget)
+    with observed(model, layers.modules) as seen:
+        sites = plan_sites(model, layers.modules, one)
+    todo = _missing(sites, writer)
+    plan = Plan(sites, windows(todo, budget))
+    # A single pass over the data reads offloaded weights once for each batch.
+    offloaded = any(p.is_meta for p in model.parameters())
+    passes = len(plan.windows) if not offloaded else len(plan.windows) * len(work)
+    if not seen.blocks or passes < 2:
+        return plan
+    steps: list[list[SitePlan]] = [[] for _ in range(len(seen.blocks) + 1)]
+    for site in todo:
+        steps[seen.place(site.name)].append(site)
+    room = budget - int(budget * _STATES)
+    return Plan(sites, plan.windows, seen.blocks, [windows(step, room) for step in steps],
+                seen.marks, one)
+
+
+def _missing(sites: Sequence[SitePlan], writer: StoreWriter) -> list[SitePlan]:
+    return [site for site in sites if site.name not in writer.sites]
 
 
 def _begin(folder: Path, begun: dict[str, Any]) -> StoreWriter:
@@ -186,62 +300,3 @@ def _begin(folder: Path, begun: dict[str, Any]) -> StoreWriter:
     for left in folder.glob(".offload-*"):  # by processes that were killed
         shutil.rmtree(left, ignore_errors=True)
     return StoreWriter(folder)
-
-
-logger = logging.getLogger(__name__)
-
-
-def finish(
-    writer: StoreWriter,
-    source: ModelSource,
-    samples: Samples,
-    layers: LinearLayers,
-    sites: Sequence[SitePlan],
-    identity: str,
-) -> CovarianceStore:
-    """Write fingerprints and manifest of a store whose covariances are all there.
-
-    Raises:
-        PaveError: no layer saw an input.
-    """
-    weights, skipped = {}, dict(layers.skipped)
-    for site in sites:
-        for name in site.weights:
-            if site.name in writer.sites:
-                weights[name] = _entry(site.name, layers.modules[name])
-            else:
-                what = "zero throughout" if site.calls else "never seen in"
-                skipped[name] = f"its input was {what} the forward passes"
-    if not weights:
-        raise PaveError(
-            f"No linear layer of {source.label} saw an input other than zero during "
-            "calibration: it overflows, or its architecture cannot be purified."
-        )
-    _warn_about(source, writer, skipped)
-    about = {
-        "model": {"id": source.label, "revision": source.revision, "digest": identity},
-        "data": samples.about,
-        "versions": {
-            name: version(name) for name in ("mergekit-pave", "torch", "transformers", "accelerate")
-        },
-    }
-    return writer.finish(weights, skipped, about)
-
-
-def _entry(site: str, module: nn.Module):
-    with align_module_device(module):
-        weight = module.weight
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return Weight(site, tuple(weight.shape), is_transposed(module), dtype), fingerprint(weight)
-
-
-def _warn_about(source: ModelSource, writer: StoreWriter, skipped: dict[str, str]) -> None:
-    warn_of_unseen(source.label, skipped)
-    short = [(s.count / s.width, name) for name, s in writer.sites.items() if s.count < s.width]
-    if short:
-        ratio, name = min(short)
-        logger.warning(
-            "%s: %d of %d covariances come from fewer tokens than features (least: %s, %.2f tokens "
-            "per feature); about %.0f times as many samples would fill them.",
-            source.label, len(short), len(writer.sites), name, ratio, 1 / ratio,
-        )
