@@ -42,12 +42,12 @@ class Observed:
     Attributes:
         blocks: names of the blocks in the order of their calls; empty if there are none.
         within: name of a watched layer -> the blocks in which it was called (`None`: outside).
-        marks: of the input of each block, and of the output of the last one.
+        marks: of all that each block was given, and of the output of the last one.
     """
 
     blocks: tuple[str, ...] = ()
     within: dict[str, set[str | None]] = field(default_factory=dict)
-    marks: list[Tensor] = field(default_factory=list)
+    marks: list[list[Tensor]] = field(default_factory=list)
 
     def place(self, layer: str) -> int:
         """Index of the block that a watched layer lies in, `len(blocks)` outside of all.
@@ -75,21 +75,18 @@ def observed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Obs
         if next(member.parameters(), None) is not None}
     stack: list[str] = []
     order: list[str] = []
-    inputs: dict[str, Tensor | None] = {}
-    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
     layers: dict[str, set[tuple[str, ...]]] = {}
 
     def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         stack.append(name)
         order.append(name)
-        x = _first(args, kwargs)
-        inputs[name] = x if x is None else _mark(x)
+        inputs[name] = [] if _first(args, kwargs) is None else _marks((args, kwargs))
 
     def leave(name: str, module: nn.Module, args: tuple, output: Any) -> None:
         stack.remove(name)
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if tensors:
-            outputs[name] = _mark(tensors[0])
+        outputs[name] = _marks(output)
 
     def see(name: str, module: nn.Module, args: tuple) -> None:
         layers.setdefault(name, set()).add(tuple(stack))
@@ -107,7 +104,7 @@ def observed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Obs
     for name in lists:
         own = [f"{name}.{i}" for i in range(len(model.get_submodule(name)))]
         inner = any(name.startswith(outer + ".") for outer in taken)
-        once = all(order.count(n) == 1 and inputs[n] is not None and n in outputs for n in own)
+        once = all(order.count(n) == 1 and inputs[n] and outputs.get(n) for n in own)
         if len(own) > 1 and once and not inner:
             taken.append(name)
     blocks = [name for name in order if name.rpartition(".")[0] in taken]
@@ -146,6 +143,8 @@ class Walk:
         self._block = self._number = -1
         self._keep = False
         self._output: Any = None
+        # What the next block is called with, or the last one's output.
+        self._given: Any = None
         self._calls: dict[str, int] = {}
 
     @contextmanager
@@ -197,16 +196,13 @@ class Walk:
         returns the model's output.
         """
         self._block, self._number, self._keep, self._calls = block, number, keep, {}
-        self._output = None
+        self._output = self._given = None
         return self.call(self.model, self.batches[number])
 
-    def agrees(self, number: int, marks: Sequence[Tensor]) -> bool:
-        """Whether batch `number` came as far as it has with the inputs an ordinary pass saw."""
-        kept = self._kept[number]
-        if "next" not in kept:
-            return False
-        mark = _mark(_tensor(self.states.get(kept["next"])))
-        return _close(mark, marks[self._block + 1])
+    def agrees(self, marks: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether the last run came to what an ordinary pass over the same batch met there."""
+        found, expected = _marks(self._given), marks[self._block + 1]
+        return len(found) == len(expected) and all(map(_close, found, expected))
 
     def _through(self, number: int, real: Callable, *args: Any, **kwargs: Any) -> Any:
         """In place of the forward method of block `number`."""
@@ -218,14 +214,16 @@ class Walk:
             if self._block >= 0:
                 kept[_list_of(self.blocks[self._block])] = output
             kept["next"] = x
+            self._given = (args, kwargs)
             raise Stop
         args, kwargs = _with_first(args, kwargs, self.states.get(kept["next"]))
         self._output = real(*args, **kwargs)
         if not self._keep:
             raise Stop
         if number == len(self.blocks) - 1:
-            (output,) = self.states.keep(self._output)
-            kept[_list_of(self.blocks[number])] = kept["next"] = output
+            self._given = self._output
+            (kept[_list_of(self.blocks[number])],) = self.states.keep(self._output)
+            del kept["next"]
             raise Stop
         return self._output
 
@@ -285,10 +283,10 @@ def outputs(
         yield call(model, batch)
 
 
-def _advance(walk: Walk, block: int, marks: Sequence[Tensor]) -> bool:
+def _advance(walk: Walk, block: int, marks: Sequence[Sequence[Tensor]]) -> bool:
     with walk.at(block):
         walk.run(block, 0, True)
-        if not walk.agrees(0, marks):
+        if not walk.agrees(marks):
             return False
         for number in range(1, len(walk.batches)):
             walk.run(block, number, True)
@@ -313,19 +311,21 @@ def _with_first(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, 
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
-def _tensor(tree: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _mark(x: Tensor) -> Tensor:
-    """Entries of a tensor, evenly spread: enough to tell it from another one."""
-    flat = x.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _MARK)].cpu().clone()
+def _marks(tree: Any) -> list[Tensor]:
+    """Entries, evenly spread, of all floating tensors of a tree: enough to tell them from others.
+    """
+    flat = [
+        leaf.detach().reshape(-1) for leaf in tree_leaves(tree)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [x[:: max(1, x.numel() // _MARK)].cpu().clone() for x in flat]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    error, size = (a.double() - b.double()).norm(), b.double().norm()
+    eps = torch.finfo(b.dtype).eps
+    # Masks have the lowest number of their dtype where nothing is to be seen.
+    a, b = (x.double().clamp(-1e30, 1e30) for x in (a, b))
+    error, size = (a - b).norm(), b.norm()
     # The same kernels on the same numbers: not more than another order of sums may differ.
-    return bool(error <= max(1e-5, 4 * torch.finfo(b.dtype).eps) * size)
+    return bool(error <= max(1e-5, 4 * eps) * size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from accelerate.utils import align_module_device
@@ -17,6 +17,7 @@ from mergekit_pave.models.source import ModelSource
 from mergekit_pave.storage.covariances import CovarianceStore, StoreWriter, Weight
 from mergekit_pave.storage.identity import fingerprint
 
+Entry = tuple[Weight, Tensor]
 logger = logging.getLogger(__name__)
 
 
@@ -26,9 +27,12 @@ def finish(
     samples: Samples,
     layers: LinearLayers,
     sites: Sequence[SitePlan],
+    entries: Mapping[str, Entry],
     identity: str,
 ) -> CovarianceStore:
     """Write fingerprints and manifest of a store whose covariances are all there.
+
+    `entries` are those of layers whose weights were held before; the others are read now.
 
     Raises:
         PaveError: no layer saw an input.
@@ -37,7 +41,7 @@ def finish(
     for site in sites:
         for name in site.weights:
             if site.name in writer.sites:
-                weights[name] = _entry(site.name, layers.modules[name])
+                weights[name] = entries.get(name) or _entry(site.name, layers.modules[name])
             else:
                 what = "zero throughout" if site.calls else "never seen in"
                 skipped[name] = f"its input was {what} the forward passes"
@@ -57,7 +61,17 @@ def finish(
     return writer.finish(weights, skipped, about)
 
 
-def _entry(site: str, module: nn.Module) -> tuple[Weight, Tensor]:
+def entries_within(
+    sites: Sequence[SitePlan], layers: LinearLayers, within: str
+) -> dict[str, Entry]:
+    """What the manifest says of the layers whose names begin with `within`."""
+    return {
+        name: _entry(site.name, layers.modules[name])
+        for site in sites for name in site.weights if name.startswith(within)}
+
+
+def _entry(site: str, module: nn.Module) -> Entry:
+    """What a manifest says of one layer, and its fingerprint; reads an offloaded weight."""
     with align_module_device(module):
         weight = module.weight
         dtype = str(weight.dtype).removeprefix("torch.")

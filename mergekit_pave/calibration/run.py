@@ -7,26 +7,20 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mergekit_pave.calibration.blocks import Walk, observed
-from mergekit_pave.calibration.collect import (
-    NotFinite,
-    SitePlan,
-    collect_window,
-    plan_sites,
-    windows,
-)
-from mergekit_pave.calibration.finish import finish
+from mergekit_pave.calibration.blocks import Walk
+from mergekit_pave.calibration.collect import NotFinite, SitePlan, collect_window, windows
+from mergekit_pave.calibration.finish import Entry, entries_within, finish
 from mergekit_pave.calibration.generate import generated_samples
 from mergekit_pave.calibration.load import Resources, load_model
+from mergekit_pave.calibration.plan import STATES, Plan, make_plan, missing
 from mergekit_pave.calibration.processes import ALONE, Workers
 from mergekit_pave.calibration.samples import Samples, batches, load_samples
 from mergekit_pave.calibration.states import States
@@ -38,8 +32,6 @@ from mergekit_pave.storage.covariances import FORMAT, MANIFEST, CovarianceStore,
 from mergekit_pave.storage.files import locked, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
-# Of the memory for sums what the states between two blocks may take.
-_STATES = 0.25
 
 
 def calibrate_to(
@@ -125,33 +117,11 @@ def calibrate(
             layers = linear_layers(model)
             if not layers.modules:
                 raise PaveError(f"{source.label} has no linear layer that could be purified.")
-        sites = _collect(source, model, layers, samples, resources, batch_size, writer, workers,
-                         scratch)
+        sites, entries = _collect(source, model, layers, samples, resources, batch_size, writer,
+                                  workers, scratch)
         if writer is None:
             return None
-        return finish(writer, source, samples, layers, sites, identity)
-
-
-@dataclass
-class Plan:
-    """How the sites of a model are collected.
-
-    Attributes:
-        sites: all of them, in the order of the forward pass.
-        windows: those that are not finished, in runs that fit the memory for sums.
-        blocks: names of the blocks to go through one by one; empty to run the model as a whole
-            for each window.
-        steps: for each block, and for what lies outside of them, its windows.
-        marks: what an ordinary pass over `probe` gave to the blocks; in the main process only.
-        probe: a batch of one row.
-    """
-
-    sites: list[SitePlan]
-    windows: list[list[SitePlan]]
-    blocks: tuple[str, ...] = ()
-    steps: list[list[list[SitePlan]]] = field(default_factory=list)
-    marks: list[Tensor] = field(default_factory=list)
-    probe: dict[str, Tensor] = field(default_factory=dict)
+        return finish(writer, source, samples, layers, sites, entries, identity)
 
 
 @dataclass
@@ -185,8 +155,10 @@ class _Collector:
                 del moments[name]
             self.writer.take(moments)
 
-    def through_blocks(self, plan: Plan, states: States) -> bool:
+    def through_blocks(self, plan: Plan, states: States, entries: dict[str, Entry]) -> bool:
         """All windows, block by block; False if the model turns out not to go that way.
+
+        `entries` are filled in for the layers whose weights are held on the way.
 
         A probe goes ahead of the batches through every block, and is compared with what it
         met in an ordinary pass before anything is collected there.
@@ -198,14 +170,13 @@ class _Collector:
         def ahead(block: int) -> bool:
             try:
                 walk.run(block, len(self.work), True)
-                return walk.agrees(len(self.work), plan.marks)
+                return walk.agrees(plan.marks)
             except Exception as error:  # of a model's code that misses what it carries along
                 logger.info("Block %s of %s: %s", block, self.source.label, error)
                 return False
 
-        last = max(number for number, windows in enumerate(plan.steps) if windows)
         with walk.walking():
-            for block, todo in enumerate(plan.steps[: last + 1]):
+            for block, todo in enumerate(plan.steps):
                 with walk.at(block):
                     inside = block < len(plan.blocks)
                     if inside and not self.workers.from_main(partial(ahead, block)):
@@ -214,10 +185,12 @@ class _Collector:
                         self.window(window, lambda n, k=block: walk.run(k, n, False))
                     if todo:
                         self.window(todo[-1], lambda n, k=block: walk.run(k, n, True))
-                        continue
-                    for number in range(len(self.work)):
-                        walk.run(block, number, True)
-                        self.progress.update()
+                    else:
+                        for number in range(len(self.work)):
+                            walk.run(block, number, True)
+                            self.progress.update()
+                    if main and inside:
+                        entries |= entries_within(plan.sites, self.layers, f"{plan.blocks[block]}.")
         return True
 
 
@@ -231,11 +204,15 @@ def _collect(
     writer: StoreWriter | None,
     workers: Workers,
     scratch: Path,
-) -> list[SitePlan]:
-    """Have the main process's `writer` hold the covariances of all sites; returns the sites."""
+) -> tuple[list[SitePlan], dict[str, Entry]]:
+    """Have the main process's `writer` hold the covariances of all sites.
+
+    Returns:
+        The sites, and what is known of some layers by then.
+    """
     work = list(batches(workers.deal(samples), batch_size))
     budget = min(workers.gather(resources.statistics_budget()))
-    plan = workers.from_main(lambda: _plan(model, layers, work, writer, budget))
+    plan = workers.from_main(lambda: make_plan(model, layers, work, writer, budget))
     runs = sum(max(1, len(windows)) for windows in plan.steps) or len(plan.windows)
     bar = tqdm(
         total=runs * len(work), desc=f"Calibrating {source.label}", unit="batch",
@@ -243,48 +220,16 @@ def _collect(
     with bar as progress:
         collector = _Collector(source, model, layers, work, writer, workers, progress)
         if plan.blocks:
-            states = States(int(budget * _STATES), scratch / "states")
-            if collector.through_blocks(plan, states):
-                return plan.sites
+            states, entries = States(int(budget * STATES), scratch / "states"), {}
+            if collector.through_blocks(plan, states, entries):
+                return plan.sites, entries
             logger.info("%s does not run block by block; its windows cost a pass each.",
                         source.label)
             plan = workers.from_main(
-                lambda: Plan(plan.sites, windows(_missing(plan.sites, writer), budget)))
+                lambda: Plan(plan.sites, windows(missing(plan.sites, writer), budget)))
         for window in plan.windows:
             collector.window(window)
-    return plan.sites
-
-
-def _plan(
-    model: PreTrainedModel,
-    layers: LinearLayers,
-    work: Sequence[dict],
-    writer: StoreWriter,
-    budget: int,
-) -> Plan:
-    smallest = min(work, key=lambda batch: sum(value.numel() for value in batch.values()))
-    # Of one row: a classifier without a padding token takes no more, and this pass goes through
-    # its head.
-    one = {name: value[:1] for name, value in smallest.items()}
-    with observed(model, layers.modules) as seen:
-        sites = plan_sites(model, layers.modules, one)
-    todo = _missing(sites, writer)
-    plan = Plan(sites, windows(todo, budget))
-    # A single pass over the data reads offloaded weights once for each batch.
-    offloaded = any(p.is_meta for p in model.parameters())
-    passes = len(plan.windows) if not offloaded else len(plan.windows) * len(work)
-    if not seen.blocks or passes < 2:
-        return plan
-    steps: list[list[SitePlan]] = [[] for _ in range(len(seen.blocks) + 1)]
-    for site in todo:
-        steps[seen.place(site.name)].append(site)
-    room = budget - int(budget * _STATES)
-    return Plan(sites, plan.windows, seen.blocks, [windows(step, room) for step in steps],
-                seen.marks, one)
-
-
-def _missing(sites: Sequence[SitePlan], writer: StoreWriter) -> list[SitePlan]:
-    return [site for site in sites if site.name not in writer.sites]
+    return plan.sites, {}
 
 
 def _begin(folder: Path, begun: dict[str, Any]) -> StoreWriter:

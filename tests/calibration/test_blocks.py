@@ -127,9 +127,8 @@ def test_every_weight_is_read_once(families, texts, tmp_path, monkeypatch):
     calibrate_to(source_of(path), spec, tmp_path / "s",
                  Resources(max_memory=20_000, statistics_memory=1))
     assert read
-    for name, times in read.items():
-        # In the pass that plans, in the walk, and for the fingerprint of a linear layer.
-        assert times <= (3 if name.endswith("proj.weight") else 2), (name, times)
+    # In the pass that plans, and in the walk.
+    assert max(read.values()) == 2, read
 
 
 class Skipping(transformers.PreTrainedModel):
