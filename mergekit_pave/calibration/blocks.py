@@ -15,9 +15,8 @@ pass (`observed`) leaves marks of what each block was given, and `Walk.agrees` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,95 +24,11 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from mergekit_pave.calibration.collect import Batch, Stop, forward
+from mergekit_pave.calibration.observed import first_of, marks_of, observed
 from mergekit_pave.calibration.states import States
-
-# Entries that a mark of a tensor has at most.
-_MARK = 1 << 14
-
-
-@dataclass
-class Observed:
-    """What one ordinary forward pass showed.
-
-    Attributes:
-        blocks: names of the blocks in the order of their calls; empty if there are none.
-        within: name of a watched layer -> the blocks in which it was called (`None`: outside).
-        marks: of all that each block was given, and of the output of the last one.
-    """
-
-    blocks: tuple[str, ...] = ()
-    within: dict[str, set[str | None]] = field(default_factory=dict)
-    marks: list[list[Tensor]] = field(default_factory=list)
-
-    def place(self, layer: str) -> int:
-        """Index of the block that a watched layer lies in, `len(blocks)` outside of all.
-
-        A layer that was not called counts to the block that its name lies in.
-        """
-        seen = self.within.get(layer)
-        if seen is None:
-            seen = {block for block in self.blocks if layer.startswith(block + ".")}
-        block = next(iter(seen), None)
-        return len(self.blocks) if block is None else self.blocks.index(block)
-
-
-@contextmanager
-def observed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Observed]:
-    """Have the one forward pass made within this context recorded; filled in at its end.
-
-    No blocks are found when one of `modules` is called within several of them.
-    """
-    found = Observed()
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    members = {
-        f"{name}.{i}": member for name in lists
-        for i, member in enumerate(model.get_submodule(name))
-        if next(member.parameters(), None) is not None}
-    stack: list[str] = []
-    order: list[str] = []
-    inputs: dict[str, list[Tensor]] = {}
-    outputs: dict[str, list[Tensor]] = {}
-    layers: dict[str, set[tuple[str, ...]]] = {}
-
-    def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        stack.append(name)
-        order.append(name)
-        inputs[name] = [] if _first(args, kwargs) is None else _marks((args, kwargs))
-
-    def leave(name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        stack.remove(name)
-        outputs[name] = _marks(output)
-
-    def see(name: str, module: nn.Module, args: tuple) -> None:
-        layers.setdefault(name, set()).add(tuple(stack))
-
-    handles = [h for name, member in members.items() for h in (
-        member.register_forward_pre_hook(partial(enter, name), with_kwargs=True),
-        member.register_forward_hook(partial(leave, name)))]
-    handles += [m.register_forward_pre_hook(partial(see, name)) for name, m in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-    taken: list[str] = []
-    for name in lists:
-        own = [f"{name}.{i}" for i in range(len(model.get_submodule(name)))]
-        inner = any(name.startswith(outer + ".") for outer in taken)
-        once = all(order.count(n) == 1 and inputs[n] and outputs.get(n) for n in own)
-        if len(own) > 1 and once and not inner:
-            taken.append(name)
-    blocks = [name for name in order if name.rpartition(".")[0] in taken]
-    within = {
-        layer: {next((b for b in calls if b in blocks), None) for calls in stacks}
-        for layer, stacks in layers.items()}
-    if blocks and all(len(places) == 1 for places in within.values()):
-        found.blocks, found.within = tuple(blocks), within
-        found.marks += [*(inputs[name] for name in blocks), outputs[blocks[-1]]]
 
 
 class Walk:
@@ -201,7 +116,7 @@ class Walk:
 
     def agrees(self, marks: Sequence[Sequence[Tensor]]) -> bool:
         """Whether the last run came to what an ordinary pass over the same batch met there."""
-        found, expected = _marks(self._given), marks[self._block + 1]
+        found, expected = marks_of(self._given), marks[self._block + 1]
         return len(found) == len(expected) and all(map(_close, found, expected))
 
     def _through(self, number: int, real: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +125,7 @@ class Walk:
         if number < self._block:
             return self.states.get(kept[_list_of(self.blocks[number])])
         if number > self._block:  # the next one
-            x, output = self.states.keep(_first(args, kwargs), self._output)
+            x, output = self.states.keep(first_of(args, kwargs), self._output)
             if self._block >= 0:
                 kept[_list_of(self.blocks[self._block])] = output
             kept["next"] = x
@@ -302,22 +217,8 @@ def _list_of(block: str) -> str:
     return block.rpartition(".")[0]
 
 
-def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    x = args[0] if args else kwargs.get("hidden_states")
-    return x if isinstance(x, Tensor) and x.is_floating_point() else None
-
-
 def _with_first(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-
-def _marks(tree: Any) -> list[Tensor]:
-    """Entries, evenly spread, of all floating tensors of a tree: enough to tell them from others.
-    """
-    flat = [
-        leaf.detach().reshape(-1) for leaf in tree_leaves(tree)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [x[:: max(1, x.numel() // _MARK)].cpu().clone() for x in flat]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mergekit_pave.calibration.blocks import observed
 from mergekit_pave.calibration.collect import SitePlan, plan_sites, windows
+from mergekit_pave.calibration.observed import observed
 from mergekit_pave.models.layers import LinearLayers
 from mergekit_pave.storage.covariances import StoreWriter
 

@@ -23,7 +23,8 @@ from mergekit_pave.plugin import register
 @click.option("--max-memory", help="Main memory for weights, such as 8GiB, in each process; what "
               "does not fit is read from the shards as it is needed.")
 @click.option("--statistics-memory", help="Memory for second moments held at a time, such as "
-              "2GiB, in each process; a smaller one means more passes over the data.")
+              "2GiB, in each process; below the sums of one block of the model, that block "
+              "runs again.")
 @click.option("--lora-merge-cache", help="Folder for the merged copy of MODEL+ADAPTER.")
 @click.option("--transformers-cache", help="Folder for downloads.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run code.")

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from accelerate.utils.offload import OffloadedWeightsLoader
 from mergekit_pave import cli
 from mergekit_pave.calibration import plan
-from mergekit_pave.calibration.blocks import Observed
+from mergekit_pave.calibration.observed import Observed
 
 read = 0
 real = OffloadedWeightsLoader.__getitem__

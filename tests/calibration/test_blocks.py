@@ -11,9 +11,10 @@ from accelerate.utils.offload import OffloadedWeightsLoader
 from conftest import CLASSES, write_images, write_tokenizer
 from torch import nn
 
-from mergekit_pave.calibration.blocks import Walk, observed, outputs
+from mergekit_pave.calibration.blocks import Walk, outputs
 from mergekit_pave.calibration.collect import forward
 from mergekit_pave.calibration.load import Resources, load_model
+from mergekit_pave.calibration.observed import observed
 from mergekit_pave.calibration.run import calibrate_to
 from mergekit_pave.calibration.states import States
 from mergekit_pave.models.layers import linear_layers
