@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import refuse_quantised
+from mergekit_pave.models.merged_copies import merged_copy
 from mergekit_pave.models.names import name_of
 from mergekit_pave.storage.identity import digest
 
@@ -58,11 +59,7 @@ def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
             f"{model} names an adapter: give mergekit a folder for the merged copy with "
             "--lora-merge-cache DIR."
         )
-    merged = model.merged(
-        cache_dir=options.lora_merge_cache,
-        trust_remote_code=options.trust_remote_code,
-        lora_merge_dtype=options.lora_merge_dtype,
-    )
+    merged = _merged(model, options) if model.lora else model
     label = name_of(model.model.path)
     if model.lora:
         label += "+" + name_of(model.lora.path)
@@ -75,6 +72,21 @@ def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
         trust_remote_code=options.trust_remote_code,
         cache_dir=options.cache_dir,
     )
+
+
+def _merged(model: ModelReference, options: LoaderOptions) -> ModelReference:
+    own = ModelReference.merged
+    own = getattr(own, "__wrapped__", own)  # mergekit's, mended or not
+
+    def make(folder: str) -> ModelReference:
+        return own(
+            model,
+            cache_dir=folder,
+            trust_remote_code=options.trust_remote_code,
+            lora_merge_dtype=options.lora_merge_dtype,
+        )
+
+    return merged_copy(model, options.lora_merge_cache, options.lora_merge_dtype, make)
 
 
 def tokenizer_of(model: ModelReference, options: LoaderOptions) -> ModelPath:

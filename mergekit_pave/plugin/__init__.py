@@ -90,4 +90,5 @@ def attach(module: ModuleType) -> None:
     elif module.__name__ == "mergekit.merge":
         mends.mend_cards(sys.modules["mergekit.card"])
         mends.mend_dtype(module)
+        mends.mend_merged_copies(sys.modules["mergekit.common"])
         run_merge.attach(module)

@@ -6,12 +6,16 @@ A mend only turns a crash into what was meant, and does nothing once mergekit is
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from mergekit.merge_methods import MergeMethod, registry
+
+from mergekit_pave.models.merged_copies import merged_copy
 
 
 class _Aliases(tuple):
@@ -60,6 +64,34 @@ def mend_optional_aliases(plan: ModuleType) -> None:
     plan.MergePlanner.plan_tensor = plan_tensor
 
 
+def mend_merged_copies(common: ModuleType) -> None:
+    """Let `mergekit.common` keep merged copies of adapters by what they are made of.
+
+    It finds them by paths alone, so that an adapter which was trained further gives an earlier
+    merge, and takes the empty folder of a copy that failed for the model.
+    """
+    reference = common.ModelReference
+    original = reference.merged
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def merged(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        given = bound.arguments
+        cache = given.get("cache_dir")
+        if not self.lora or not cache:
+            return original(self, *args, **kwargs)
+
+        def make(folder: str):
+            given["cache_dir"] = folder
+            with _silent_about_dtype():
+                return original(*bound.args, **bound.kwargs)
+
+        return merged_copy(self, cache, given.get("lora_merge_dtype"), make)
+
+    reference.merged = merged
+
+
 def mend_dtype(merge: ModuleType) -> None:
     """Keep transformers from telling users of the word `torch_dtype`, which `mergekit.merge` uses.
 
@@ -67,19 +99,29 @@ def mend_dtype(merge: ModuleType) -> None:
     """
     original = merge._model_out_config
 
-    def other(record: logging.LogRecord) -> bool:
-        return "torch_dtype" not in record.getMessage()
-
     @functools.wraps(original)
     def _model_out_config(*args, **kwargs):
-        transformers_log = logging.getLogger("transformers.configuration_utils")
-        transformers_log.addFilter(other)
-        try:
+        with _silent_about_dtype():
             return original(*args, **kwargs)
-        finally:
-            transformers_log.removeFilter(other)
 
     merge._model_out_config = _model_out_config
+
+
+def _is_of_something_else(record: logging.LogRecord) -> bool:
+    return "torch_dtype" not in record.getMessage()
+
+
+@contextmanager
+def _silent_about_dtype() -> Iterator[None]:
+    names = ("transformers.configuration_utils", "transformers.modeling_utils")
+    logs = [logging.getLogger(name) for name in names]
+    for log in logs:
+        log.addFilter(_is_of_something_else)
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.removeFilter(_is_of_something_else)
 
 
 def let_planner_ask(planner: type, method: Callable[[], MergeMethod | None]) -> None:
