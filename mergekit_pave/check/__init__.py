@@ -7,6 +7,7 @@ mergekit itself ignores unknown keys and reads lists as gradients over the layer
     inputs   what the merge is made of: base, fine-tunes, slices
     output   what mergekit would only notice when it writes
     models   configs, calibration data and covariance stores
+    settings what lies beside the weights, and differs between base and fine-tunes
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.keys import check_keys
 from mergekit_pave.check.models import Allowances, check_data, check_models
 from mergekit_pave.check.rules import check_inputs, check_output
+from mergekit_pave.check.settings import check_settings
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.reading import configuration, read_yaml
@@ -38,6 +40,7 @@ def check(
         lambda: check_inputs(configuration(raw), options),
         lambda: check_output(configuration(raw)),
         lambda: check_models(configuration(raw), options, allowed),
+        lambda: check_settings(configuration(raw), options),
         lambda: check_data(configuration(raw), options),
     )
     for stage in stages:

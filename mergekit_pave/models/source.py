@@ -126,7 +126,7 @@ def culprit(source: ModelSource) -> str | None:
     return None
 
 
-_INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
                "id2label", "label2id"}
 
 
@@ -172,7 +172,7 @@ def _settings(value: Any) -> Any:
     """A config, or one inside it, without what changes no number."""
     if not isinstance(value, dict):
         return value
-    return {key: _settings(item) for key, item in value.items() if key not in _INCIDENTAL}
+    return {key: _settings(item) for key, item in value.items() if key not in INCIDENTAL}
 
 
 def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConfig:
