@@ -108,7 +108,9 @@ def _short(value: Any) -> str:
 def _donor(config: MergeConfiguration) -> ModelReference:
     """Whose tokenizer and companions mergekit takes for the output."""
     source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    return source if isinstance(source, ModelReference) else config.base_model
+    if isinstance(source, ModelReference):
+        return source
+    return config.base_model or config.referenced_models()[0]
 
 
 def _habits(
