@@ -171,7 +171,7 @@ def report(config, output, layers, device, lora_merge_cache, transformers_cache,
     Example:
         mergekit-pave report merge.yml -o report
     """
-    from mergekit_pave.report.drawing import require_matplotlib
+    from mergekit_pave.report.figures import require_matplotlib
 
     require_matplotlib()
     register()

@@ -52,8 +52,7 @@ BEGIN, END = "<!-- mergekit-pave: begin -->", "<!-- mergekit-pave: end -->"
 def write_card(folder: Path | str) -> str:
     """Complete the card of the merged model in `folder`; return its text.
 
-    Writes README.md, mergekit_config.yml and, if the merge left none, `record.NAME`: what can
-    be found out about a merge's data now may be gone when the card is written again.
+    Writes README.md, mergekit_config.yml and, if the merge left none, `record.NAME`.
 
     Raises:
         PaveError: no output of mergekit, or of a method that is not ours.
@@ -70,20 +69,20 @@ def write_card(folder: Path | str) -> str:
     facts = record.read(folder)
     known = facts is not None and facts["merge_method"] == config.merge_method
     if not known:
-        facts = record.of_configuration(raw)
+        facts = record.of_configuration(config)
     local = record.local_names(config, facts)
-    clean_source = scrub.scrub_configuration(source, local)
+    clean_source = scrub.scrub_configuration(raw, local)
     card = _load(folder, scrub.scrub_card(card_text, raw, local))
     _complete_metadata(card, config, facts)
     figure = next((name for name in FIGURES if (folder / name).exists()), None)
     card.text = _with_section(card.text, section(config, facts, figure))
     text = str(card)
-    # First, because it cannot be found out again once the configuration has lost its paths.
+    # The configuration comes last: it tells a second run which paths the card may still hold.
     if not known:
         record.write(folder, facts)
+    write_atomically(folder / CARD, lambda path: path.write_text(text, "utf-8"))
     source_file = folder / CONFIGURATION
     write_atomically(source_file, lambda path: path.write_text(clean_source, "utf-8"))
-    write_atomically(folder / CARD, lambda path: path.write_text(text, "utf-8"))
     return text
 
 

@@ -22,7 +22,6 @@ were merged by them. Names are public ones: the file is published with the model
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
 from importlib.metadata import version
@@ -32,15 +31,12 @@ from typing import Any, Protocol
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import is_local, name_of
-from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
-from mergekit_pave.recipe.reading import configuration
-from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore
-from mergekit_pave.storage.files import cache_folder, write_atomically
+from mergekit_pave.storage.covariances import CovarianceStore
+from mergekit_pave.storage.files import write_atomically
 
 NAME = "pave_report.json"
 KIND = "mergekit-pave merge report"
@@ -83,17 +79,13 @@ def local_names(config: MergeConfiguration, record: Mapping[str, Any]) -> set[st
     return found | (named - {m["data"]["dataset"] for m in models if not m["data"]["local"]})
 
 
-def of_configuration(raw: Any, options: LoaderOptions | None = None) -> dict[str, Any]:
-    """What can still be found out afterwards: everything but ranks, where the stores are left."""
-    options = options or LoaderOptions()
-    config = configuration(raw)
+def of_configuration(config: MergeConfiguration) -> dict[str, Any]:
+    """Of a merge that left no record: its models, and the data that its configuration asks for."""
     models = []
     for entry in inputs(config):
-        store = _left_store(entry, options)
-        model = _model(entry.model, store, None)
-        if store is None and entry.get("calibration_dataset"):
-            model["data"] = _intended(entry)
-        models.append(model)
+        models.append(_model(entry.model, None, None))
+        if not entry.get("covariance") and entry.get("calibration_dataset"):
+            models[-1]["data"] = _intended(entry)
     return _record(config, None, models)
 
 
@@ -189,38 +181,6 @@ def _statistics(store: CovarianceStore) -> dict[str, Any]:
 def fullness(store: CovarianceStore) -> float:
     """Tokens per feature of the worst covariance; below 1 it cannot have full rank."""
     return min((site.count / site.width for site in store.sites.values()), default=0.0)
-
-
-def _left_store(entry: Input, options: LoaderOptions) -> CovarianceStore | None:
-    """The store that a merge of `entry` would have used, if it can be told for certain."""
-    try:
-        if where := entry.get("covariance"):
-            return fetch_store(where, options, covariances=False)
-        # Never a model's download for the sake of a card.
-        dataset = entry.get("calibration_dataset")
-        if dataset not in (None, DATA_FREE) and os.path.isdir(entry.model.model.path):
-            return _cached(entry, model_source(entry.model, options).identity())
-    except (PaveError, OSError):
-        pass
-    return None
-
-
-def _cached(entry: Input, weights: str) -> CovarianceStore | None:
-    found = []
-    for manifest in sorted(cache_folder().glob(f"*/{MANIFEST}")):
-        try:
-            store = CovarianceStore(manifest.parent)
-        except PaveError:
-            continue
-        same_data = _intended(entry).items() <= _hashable(store.manifest["data"])
-        if same_data and store.manifest["model"]["digest"] == weights:
-            found.append(store)
-    # Several: the same settings, but the data changed in between. Nothing says which it was.
-    return found[0] if len(found) == 1 else None
-
-
-def _hashable(data: Mapping[str, Any]) -> set[tuple[str, Any]]:
-    return {(key, value) for key, value in data.items() if not isinstance(value, (dict, list))}
 
 
 def _intended(entry: Input) -> dict[str, Any]:

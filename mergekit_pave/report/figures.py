@@ -1,217 +1,276 @@
-"""The report's figures, from its dictionary alone. This file has the curves, `maps` the rest.
+"""The report's figures, drawn with plain matplotlib from the report's dictionary alone.
 
-Panels of one figure share their axes, so that they can be compared at a glance.
+A figure has one panel for each kind of weight; the panels share their axes, so that they can be
+compared at a glance. The page shows it as SVG, the folder `figures` keeps it as PNG.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from math import isfinite, nan
+from math import nan
+from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
+from mergekit_pave.errors import PaveError
 from mergekit_pave.report.build import TOKENS_PER_DIMENSION
-from mergekit_pave.report.drawing import (
-    INK,
-    MODELS,
-    MUTED,
-    STRONG,
-    WEAK,
-    Drawing,
-    Key,
-    Panel,
-    curves,
-    heat,
-    log_axis,
-    ramp,
-    ticks,
-)
-from mergekit_pave.report.survey import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Lines = list[list[float]]
-# What is smaller is drawn here: rounding, not signal.
-FLOOR = 1e-9
-
-
-def drawings(report: Report) -> dict[str, Drawing]:
-    """Every figure by name, in the order of the page."""
-    made = (_spectra, _spectra_by_depth, ranks, _errors, _energy, _interference,
-            overlap, covariances)
-    return {drawing.name: drawing for drawing in (make(report) for make in made)}
-
-
-def limits(values: Iterable[float]) -> tuple[float, float] | None:
-    """A logarithmic axis that holds all positive values, with a little room."""
-    seen = [v for v in values if isfinite(v) and v > 0]
-    return (min(seen) / 1.4, max(seen) * 1.4) if seen else None
-
-
-_SPECTRUM_KEYS = (Key("weighted by the covariance", STRONG), Key("plain SVD", WEAK, "dashed"))
-
-
-def _spectra(report: Report) -> Drawing:
-    parts = [(kind, _spectrum_lines(layers)) for kind, layers in kinds(report).items()]
-    return _spectrum_drawing("spectra", report, parts)
-
-
-def _spectra_by_depth(report: Report) -> Drawing:
-    parts = []
-    for kind, layers in kinds(report).items():
-        for place in spread(range(len(layers)), 3):
-            one = [layers[place]]
-            parts.append((f"{kind}, {layer_label(layers[place])}", _spectrum_lines(one)))
-    return _spectrum_drawing("spectra-by-depth", report, parts)
-
-
-def _spectrum_lines(layers: Layers) -> dict[str, Lines]:
-    """One line per model, the median of its layers, for both spectra."""
-    return {
-        which: [[max(v, FLOOR) for v in pointwise(median, [r["spectrum"][which] for r in rows])]
-                for rows in by_model(layers).values()]
-        for which in ("svd", "covariance")
-    }
-
-
-def _spectrum_drawing(
-    name: str, report: Report, parts: Sequence[tuple[str, dict[str, Lines]]]
-) -> Drawing:
-    x = [100 * share for share in report["shares"]]
-    # The very last value may be zero, which would leave the others a corner of the axis.
-    span = limits(v for _, both in parts for lines in both.values() for line in lines
-                  for v in line[:-1])
-
-    def draw(axes: Axes, both: dict[str, Lines]) -> None:
-        curves(axes, x, both["svd"], WEAK, dashed=True)
-        curves(axes, x, both["covariance"], STRONG)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("directions, strongest first (%)")
-        axes.set_ylabel("singular value / largest")
-        log_axis(axes, "y", span)
-
-    panels = [Panel(title, lambda axes, both=both: draw(axes, both)) for title, both in parts]
-    return Drawing(name, tuple(panels), _SPECTRUM_KEYS)
-
-
-def _errors(report: Report) -> Drawing:
-    few = len(report["models"]) <= len(MODELS)
-    span = limits(max(v, FLOOR) for layer in report["layers"] for row in layer["models"]
-                  for v in row["error"] if v > 0)
-    panels = tuple(Panel(kind, _draw_errors(report, layers, few, span))
-                   for kind, layers in kinds(report).items())
-    own = [Key(name, MODELS[i]) for i, name in enumerate(report["models"])] if few else [
-        Key("median of the models", STRONG), Key("10% to 90%, and all", STRONG, "band")]
-    return Drawing("error", panels, (*own, Key("knee", INK, "dot"),
-                                     Key("this merge's rank_ratio", MUTED, "dashed")))
-
-
-def _draw_errors(
-    report: Report, layers: Layers, few: bool, span: tuple[float, float] | None
-) -> Callable[[Axes], None]:
-    x = [100 * share for share in report["shares"]]
-    groups = by_model(layers)
-    lines = {n: [v if v > 0 else nan for v in pointwise(median, [r["error"] for r in rows])]
-             for n, rows in groups.items()}
-
-    def draw(axes: Axes) -> None:
-        if few:
-            for number, line in lines.items():
-                axes.plot(x, line, color=MODELS[number], linewidth=1.3)
-        else:
-            curves(axes, x, list(lines.values()), STRONG)
-        for number, rows in groups.items():
-            bend = 100 * median(row["knee"] for row in rows)
-            axes.plot(bend, _at(x, lines[number], bend), "o", color=INK, markersize=3.2, zorder=3)
-        cut = 100 * mean(layer["rank_ratio"] for layer in layers)
-        axes.axvline(cut, color=MUTED, linestyle="--", linewidth=1)
-        axes.set_xlim(0, 101)
-        axes.set_xlabel("rank ratio (% kept)")
-        axes.set_ylabel("activated energy lost")
-        log_axis(axes, "y", span)
-
-    return draw
-
-
-def _energy(report: Report) -> Drawing:
-    keys = (Key("as dropped by this merge", STRONG),
-            Key("same number dropped by plain SVD", WEAK, "dashed"))
-    parts = {kind: _energy_lines(report, layers) for kind, layers in kinds(report).items()}
-    # A merge close to its plain method may drop nothing, which leaves the panels empty.
-    span = limits(v for _, both in parts.values() for lines in both.values() for line in lines
-                  for v in line) or (1e-3, 1.0)
-
-    def draw(axes: Axes, blocks: list[str], both: dict[str, Lines]) -> None:
-        curves(axes, range(len(blocks)), both["energy_removed_svd"], WEAK, dashed=True)
-        curves(axes, range(len(blocks)), both["energy_removed"], STRONG)
-        _layer_axis(axes, blocks)
-        axes.set_ylabel("output energy removed")
-        log_axis(axes, "y", span, percent=True)
-
-    return Drawing("energy", tuple(
-        Panel(kind, lambda axes, part=part: draw(axes, *part)) for kind, part in parts.items()
-    ), keys)
-
-
-def _energy_lines(report: Report, layers: Layers) -> tuple[list[str], dict[str, Lines]]:
-    """Percentages by block, one line per model; NaN where nothing is dropped."""
-    both: dict[str, Lines] = {}
-    blocks: list[str] = []
-    for key in ("energy_removed_svd", "energy_removed"):
-        matrix, blocks = grid(report, layers, lambda row, _, key=key: row[key])
-        both[key] = [[100 * v if v and v > 0 else nan for v in line] for line in matrix]
-    return blocks, both
-
-
-def _interference(report: Report) -> Drawing:
-    keys = (Key("before purification", WEAK, "dashed"), Key("after purification", STRONG))
-    parts = {kind: _interference_lines(layers) for kind, layers in kinds(report).items()}
-    top = max((v for _, both in parts.values() for line in both.values() for v in line),
-              default=1.0)
-
-    def draw(axes: Axes, blocks: list[str], both: dict[str, list[float]]) -> None:
-        curves(axes, range(len(blocks)), [both["relative_before"]], WEAK, dashed=True)
-        curves(axes, range(len(blocks)), [both["relative_after"]], STRONG)
-        _layer_axis(axes, blocks)
-        axes.set_ylim(0, 1.08 * top or 1)
-        axes.set_ylabel("interference per unit\nof singular value")
-
-    return Drawing("interference", tuple(
-        Panel(kind, lambda axes, part=part: draw(axes, *part)) for kind, part in parts.items()
-    ), keys)
-
-
-def _interference_lines(layers: Layers) -> tuple[list[str], dict[str, list[float]]]:
-    groups = by_block(layers)
-    return list(groups), {
-        key: [mean(layer["interference"][key] for layer in group) for group in groups.values()]
-        for key in ("relative_before", "relative_after")
-    }
-
-
-def _at(x: Sequence[float], y: Sequence[float], place: float) -> float:
-    """`y` at `place`, straight between its neighbours (of the logarithm's straight line)."""
-    for i in range(len(x) - 1):
-        if x[i] <= place <= x[i + 1]:
-            share = (place - x[i]) / (x[i + 1] - x[i])
-            return y[i] ** (1 - share) * y[i + 1] ** share
-    return nan
-
-
-def _layer_axis(axes: Axes, blocks: Sequence[str]) -> None:
-    ticks(axes, "x", blocks)
-    axes.set_xlabel("layer")
-
+    from matplotlib.figure import Figure
 
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 Layers = list[Mapping[str, Any]]
+
 # More kinds of weights than this are left to the JSON: the largest are drawn.
 MOST_KINDS = 9
-# Names of more models than this do not fit beside a panel.
-MOST_NAMES = 8
+# Of more models than this only the median and the range are drawn.
+MOST_LINES = 8
+# What is smaller is rounding, not signal.
+FLOOR = 1e-9
+STRONG, WEAK, MUTED = "#0868ac", "#c9510c", "#5d6675"
+_STYLE = {
+    "font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "mergekit-pave",
+    "text.parse_math": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#dfe3e8",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+}
+
+
+def require_matplotlib() -> None:
+    """Raise `PaveError` when the extra is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise PaveError(
+            "The report needs matplotlib: pip install 'mergekit-pave[report]'."
+        ) from error
+
+
+def figures(report: Report) -> dict[str, Figure]:
+    """Every figure by name, in the order of the page."""
+    made = {
+        "spectra": _spectra, "ranks": _ranks, "error": _error, "energy": _energy,
+        "interference": _interference, "overlap": _overlap, "covariances": _covariances,
+    }
+    with _styled():
+        return {name: draw(report) for name, draw in made.items()}
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element."""
+    out = io.StringIO()
+    with _styled():
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg"):]
+
+
+def png(figure: Figure, path: Path) -> None:
+    with _styled():
+        figure.savefig(path, format="png", dpi=150)
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def _panels(titles: Sequence[str], height: float = 2.3) -> tuple[Figure, list[Axes]]:
+    """A figure with a titled panel for each, three to a row."""
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(3, len(titles)))
+    rows = max(1, math.ceil(len(titles) / columns))
+    figure = Figure((3.5 * columns, height * rows + 0.5), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for axes in panels[len(titles):]:
+        axes.axis("off")
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title)
+    return figure, panels[: len(titles)]
+
+
+def _finish(figure: Figure, panels: Sequence[Axes]) -> Figure:
+    """One legend for all panels."""
+    if panels and (entries := panels[0].get_legend_handles_labels())[0]:
+        figure.legend(*entries, loc="outside upper left", ncols=4, frameon=False)
+    return figure
+
+
+def _curves(
+    axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], label: str, colour: str,
+    style: str = "-",
+) -> None:
+    """The median of some lines over the lines themselves, or over the range of many."""
+    columns = [[v for v in column if not math.isnan(v)] for column in zip(*lines, strict=True)]
+    middle = [median(c) if c else nan for c in columns]
+    axes.plot(x, middle, style, color=colour, label=label)
+    if len(lines) > MOST_LINES:
+        low, high = ([pick(c) if c else nan for c in columns] for pick in (min, max))
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    elif len(lines) > 1:
+        axes.plot(x, list(zip(*lines, strict=True)), style, color=colour, lw=0.6, alpha=0.6)
+
+
+def _blocks(axes: Axes, names: Sequence[str]) -> None:
+    every = max(1, math.ceil(len(names) / 12))
+    axes.set_xticks(range(0, len(names), every), list(names)[::every])
+    axes.set_xlabel("layer")
+
+
+def _spectra(report: Report) -> Figure:
+    groups = kinds(report)
+    figure, panels = _panels(list(groups))
+    x = [100 * share for share in report["shares"]]
+    for axes, layers in zip(panels, groups.values(), strict=True):
+        for key, label, colour, style in (
+            ("covariance", "weighted by the covariance", STRONG, "-"),
+            ("svd", "plain SVD", WEAK, "--"),
+        ):
+            lines = [
+                [max(v, FLOOR) for v in pointwise(median, [r["spectrum"][key] for r in rows])]
+                for rows in by_model(layers).values()
+            ]
+            _curves(axes, x, lines, label, colour, style)
+        axes.set_yscale("log")
+        axes.set(xlabel="directions, strongest first (%)", ylabel="singular value / largest")
+    return _finish(figure, panels)
+
+
+def _error(report: Report) -> Figure:
+    groups = kinds(report)
+    figure, panels = _panels(list(groups))
+    x = [100 * share for share in report["shares"]]
+    for axes, layers in zip(panels, groups.values(), strict=True):
+        lines = [
+            [v if v > 0 else nan for v in pointwise(median, [r["error"] for r in rows])]
+            for rows in by_model(layers).values()
+        ]
+        _curves(axes, x, lines, "energy lost", STRONG)
+        knee = 100 * median(row["knee"] for layer in layers for row in layer["models"])
+        axes.axvline(knee, color=WEAK, linestyle=":", label="knee, median")
+        cut = 100 * mean(layer["rank_ratio"] for layer in layers)
+        axes.axvline(cut, color=MUTED, linestyle="--", label="this merge's rank_ratio")
+        axes.set_yscale("log")
+        axes.set(xlabel="rank ratio (% kept)", ylabel="activated energy lost")
+    return _finish(figure, panels)
+
+
+def _energy(report: Report) -> Figure:
+    groups = kinds(report)
+    figure, panels = _panels(list(groups))
+    for axes, layers in zip(panels, groups.values(), strict=True):
+        for key, label, colour, style in (
+            ("energy_removed", "as dropped by this merge", STRONG, ".-"),
+            ("energy_removed_svd", "same number dropped by plain SVD", WEAK, "--"),
+        ):
+            matrix, blocks = grid(report, layers, lambda row, _, key=key: row[key])
+            lines = [[100 * v if v and v > 0 else nan for v in line] for line in matrix]
+            _curves(axes, range(len(blocks)), lines, label, colour, style)
+            _blocks(axes, blocks)
+        axes.set_yscale("log")
+        axes.set_ylabel("output energy removed (%)")
+    return _finish(figure, panels)
+
+
+def _interference(report: Report) -> Figure:
+    groups = kinds(report)
+    figure, panels = _panels(list(groups))
+    for axes, layers in zip(panels, groups.values(), strict=True):
+        blocks = by_block(layers)
+        for key, label, colour, style in (
+            ("relative_before", "before purification", WEAK, "--"),
+            ("relative_after", "after purification", STRONG, "-"),
+        ):
+            line = [mean(one["interference"][key] for one in some) for some in blocks.values()]
+            _curves(axes, range(len(blocks)), [line], label, colour, style)
+        _blocks(axes, list(blocks))
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("interference per unit\nof singular value")
+    return _finish(figure, panels)
+
+
+def _heat(
+    figure: Figure, panels: Sequence[Axes], matrices: Sequence[Sequence[Sequence[float | None]]],
+    low: float, high: float, label: str,
+) -> Figure:
+    """Matrices as colours, with one scale for all."""
+    image = None
+    for axes, matrix in zip(panels, matrices, strict=True):
+        values = [[nan if v is None else v for v in row] for row in matrix]
+        image = axes.imshow(values, vmin=low, vmax=high, aspect="auto", interpolation="none")
+        axes.set_yticks(range(len(values)), [str(i + 1) for i in range(len(values))])
+        axes.set_ylabel("model")
+        axes.grid(False)
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), label=label)
+    return figure
+
+
+def _ranks(report: Report) -> Figure:
+    """Kept ranks: layers across, models down."""
+    groups = kinds(report)
+    figure, panels = _panels(list(groups), _height(report))
+    parts = [grid(report, layers, lambda row, layer: 100 * row["kept"] / layer["rank"])
+             for layers in groups.values()]
+    low = min((v for matrix, _ in parts for row in matrix for v in row if v is not None),
+              default=0.0)
+    for axes, (_, blocks) in zip(panels, parts, strict=True):
+        _blocks(axes, blocks)
+    return _heat(figure, panels, [matrix for matrix, _ in parts], low, 100.0, "rank kept (%)")
+
+
+def _overlap(report: Report) -> Figure:
+    """Mean overlap of every two models: of their task vectors, and of what they drop."""
+    parts = report["summary"]["overlap"]
+    titles = {"output": "task vectors: output side", "input": "task vectors: input side",
+              "dropped": "dropped by PAVE"}
+    figure, panels = _panels(
+        [f"{title} (chance {parts[key]['chance'] or 0:.2f})" for key, title in titles.items()],
+        _height(report))
+    # A model shares everything with itself; the colours are for the others.
+    matrices = [[[None if i == j else v for j, v in enumerate(row)]
+                 for i, row in enumerate(parts[key]["matrix"])] for key in titles]
+    high = max((v for matrix in matrices for row in matrix for v in row if v), default=1.0)
+    for axes in panels:
+        axes.set_xticks(range(len(report["models"])),
+                        [str(i + 1) for i in range(len(report["models"]))])
+        axes.set_xlabel("model")
+    return _heat(figure, panels, matrices, 0.0, high, "overlap")
+
+
+def _covariances(report: Report) -> Figure:
+    """How much data every covariance saw, and how many directions the data fill."""
+    figure, (tokens, filled) = _panels(
+        ["how much data", "how many directions they fill"], _height(report))
+    seen = report["covariances"]
+    numbers = [c["model"] + 1 for c in seen]
+    tokens.plot([c["tokens_per_dimension"] for c in seen], numbers, "o", color=STRONG,
+                markersize=3, alpha=0.4, label="one covariance")
+    tokens.axvline(1, color=WEAK, linestyle="--", label="below 1: singular")
+    tokens.axvline(TOKENS_PER_DIMENSION, color=MUTED, linestyle="--",
+                   label=f"below {TOKENS_PER_DIMENSION:g}: noisy")
+    tokens.set_xscale("log")
+    tokens.set(xlabel="tokens per dimension", ylabel="model")
+    ranks = [(100 * c["effective_rank"] / c["width"], c["model"] + 1) for c in seen
+             if c["effective_rank"]]
+    filled.plot([x for x, _ in ranks], [y for _, y in ranks], "o", color=STRONG, markersize=3,
+                alpha=0.4)
+    filled.set_xlim(left=0)
+    filled.set(xlabel="effective rank (% of the width)", ylabel="model")
+    return _finish(figure, [tokens])
+
+
+def _height(report: Report) -> float:
+    return min(1.4 + 0.2 * len(report["models"]), 4.4)
 
 
 def kinds(report: Report) -> dict[str, Layers]:
@@ -221,7 +280,7 @@ def kinds(report: Report) -> dict[str, Layers]:
         groups.setdefault(layer["kind"], []).append(layer)
     sizes = {kind: sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
              for kind, layers in groups.items()}
-    largest = sorted(sizes, key=sizes.get, reverse=True)[:MOST_KINDS]
+    largest = sorted(sizes, key=lambda kind: sizes[kind], reverse=True)[:MOST_KINDS]
     return {kind: layers for kind, layers in groups.items() if kind in largest}
 
 
@@ -265,108 +324,3 @@ def pointwise(
 ) -> list[float]:
     """One line from many of the same length."""
     return [combine(values) for values in zip(*lines, strict=True)]
-
-
-def layer_label(layer: Mapping[str, Any]) -> str:
-    return "outside the layers" if layer["block"] is None else f"layer {layer['block']}"
-
-
-def model_labels(report: Report) -> list[str]:
-    """Names while they fit beside a panel, else the numbers of the page's table."""
-    names = report["models"]
-    if len(names) > MOST_NAMES:
-        return [str(i + 1) for i in range(len(names))]
-    return [f"{i + 1} {_short(name)}" for i, name in enumerate(names)]
-
-
-def _short(name: str, length: int = 14) -> str:
-    name = name.rpartition("/")[2]
-    return name if len(name) <= length else f"{name[:6]}…{name[-(length - 7):]}"
-
-
-Matrix = list[list[float | None]]
-
-
-def ranks(report: Report) -> Drawing:
-    """Kept ranks, a panel per kind: layers across, models down."""
-    names = model_labels(report)
-    low = min((row["kept"] / layer["rank"] for layer in report["layers"]
-               for row in layer["models"]), default=0.0)
-
-    def draw(axes: Axes, matrix: Matrix, blocks: list[str]) -> None:
-        percent = [[None if v is None else 100 * v for v in row] for row in matrix]
-        heat(axes, percent, 100 * low, 100.0, columns=blocks, rows=names,
-             written=".1f" if len(blocks) <= 8 else None)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("model")
-
-    panels = []
-    for kind, layers in kinds(report).items():
-        part = grid(report, layers, lambda row, layer: row["kept"] / layer["rank"])
-        panels.append(Panel(kind, lambda axes, part=part: draw(axes, *part), _height(len(names))))
-    return Drawing("ranks", tuple(panels), ramp=ramp(f"{low:.1%} of the rank kept", "100%"))
-
-
-def overlap(report: Report) -> Drawing:
-    """Mean overlap of every two models: of their task vectors, and of what they drop."""
-    parts = report["summary"]["overlap"]
-    names = model_labels(report)
-    high = max((v for part in parts.values() for i, row in enumerate(part["matrix"])
-                for j, v in enumerate(row) if v is not None and i != j), default=1.0)
-    titles = {"output": "task vectors: output side", "input": "task vectors: input side",
-              "dropped": "dropped by PAVE"}
-
-    def draw(axes: Axes, matrix: Matrix) -> None:
-        # A model shares everything with itself; the colours are for the others.
-        others = [[None if i == j else v for j, v in enumerate(row)]
-                  for i, row in enumerate(matrix)]
-        heat(axes, others, 0.0, max(high, 1e-12), rows=names, written=".2f",
-             columns=[str(i + 1) for i in range(len(names))])
-        axes.set_xlabel("model")
-
-    panels = tuple(
-        Panel(f"{title} (chance {parts[key]['chance'] or 0:.2f})",
-              lambda axes, key=key: draw(axes, parts[key]["matrix"]),
-              max(0.6, _height(len(names))))
-        for key, title in titles.items())
-    return Drawing("overlap", panels, ramp=ramp("0, nothing shared", f"{high:.2f}"))
-
-
-def covariances(report: Report) -> Drawing:
-    """How much data every covariance saw, and how many directions the data fill."""
-
-    def tokens(axes: Axes) -> None:
-        _strip(axes, report, lambda c: c["tokens_per_dimension"])
-        axes.axvline(1, color=WEAK, linestyle="--", linewidth=1)
-        axes.axvline(TOKENS_PER_DIMENSION, color=MUTED, linestyle="--", linewidth=1)
-        axes.set_xlabel("tokens per dimension")
-        log_axis(axes, "x")
-
-    def filled(axes: Axes) -> None:
-        _strip(axes, report, lambda c: c["effective_rank"] and
-               100 * c["effective_rank"] / c["width"])
-        axes.set_xlim(left=0)
-        axes.set_xlabel("effective rank (% of the width)")
-
-    height = _height(len(report["models"]))
-    keys = (Key("one covariance", STRONG, "dot"), Key("below 1: singular", WEAK, "dashed"),
-            Key(f"below {TOKENS_PER_DIMENSION:g}: noisy", MUTED, "dashed"))
-    return Drawing("covariances", (Panel("how much data", tokens, height),
-                                   Panel("how many directions they fill", filled, height)), keys)
-
-
-def _strip(
-    axes: Axes, report: Report, value: Callable[[Mapping[str, Any]], float | None]
-) -> None:
-    points = [(value(c), c["model"]) for c in report["covariances"]]
-    points = [(x, y) for x, y in points if x]
-    axes.plot([x for x, _ in points], [y for _, y in points], "o", color=STRONG, markersize=3,
-              alpha=0.45 if len(points) < 500 else 0.2, markeredgewidth=0)
-    names = model_labels(report)
-    ticks(axes, "y", names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_ylabel("model")
-
-
-def _height(models: int) -> float:
-    return min(0.36 + 0.06 * max(models, 2), 1.25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,10 +13,14 @@ from tqdm import tqdm
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report.build import TOKENS_PER_DIMENSION
-from mergekit_pave.report.drawing import MOST_LINES, SUPERSCRIPT, Drawing, png, svg
-from mergekit_pave.report.figures import MOST_KINDS, drawings, kinds
+from mergekit_pave.report.figures import MOST_KINDS, MOST_LINES, figures, kinds, png, svg
 from mergekit_pave.report.measure import NEARLY_ALL
 from mergekit_pave.storage.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def write(report: Mapping[str, Any], folder: Path) -> None:
@@ -26,29 +30,26 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     except OSError as error:
         raise PaveError(f"Cannot create {folder}: {error.strerror}; choose another folder.") \
             from error
-    made = drawings(report)
+    made = figures(report)
     page = render(report, made)
     # NaN is not JSON; a number that is one is a mistake of ours, not something to publish.
     text = json.dumps(report, allow_nan=False)
     write_atomically(folder / "report.json", lambda path: path.write_text(text, "utf-8"))
-    for drawing in tqdm(made.values(), desc="Drawing", unit="figure", leave=False):
-        target = folder / "figures" / f"{drawing.name}.png"
-        write_atomically(target, lambda path, drawing=drawing: png(drawing, path))
+    for name, figure in tqdm(made.items(), desc="Drawing", unit="figure", leave=False):
+        target = folder / "figures" / f"{name}.png"
+        write_atomically(target, lambda path, figure=figure: png(figure, path))
     write_atomically(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 
 
-def render(report: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> str:
+def render(report: Mapping[str, Any], made: Mapping[str, Figure]) -> str:
     """The page. Names in `report` are untrusted and escaped; only our own SVG is not."""
     environment = Environment(
         loader=PackageLoader("mergekit_pave.report", "templates"), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
-    panels = {
-        name: [(panel.title, Markup(_fenced(svg(panel)))) for panel in drawing.panels]
-        for name, drawing in drawings.items()
-    }
+    images = {name: Markup(_fenced(svg(figure))) for name, figure in made.items()}
     return environment.get_template("report.html").render(
-        r=report, s=report["summary"], drawings=drawings, panels=panels,
+        r=report, s=report["summary"], images=images,
         number=lambda path, style="times": number(report, path, style),
         left_out=len({layer["kind"] for layer in report["layers"]}) - len(kinds(report)),
         most_kinds=MOST_KINDS, most_lines=MOST_LINES, nearly_all=NEARLY_ALL,
@@ -86,7 +87,7 @@ def _digits(value: float) -> str:
     """Three significant digits without an exponent where one can do without."""
     if value != 0 and abs(value) < 1e-4:
         mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}·10{str(int(exponent)).translate(SUPERSCRIPT)}"
+        return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPT)}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
