@@ -176,7 +176,9 @@ def _energy(report: Report) -> Figure:
             lines = [[100 * v if v and v > 0 else nan for v in line] for line in matrix]
             _curves(axes, range(len(blocks)), lines, label, colour, style)
             _blocks(axes, blocks)
-        axes.set_yscale("log")
+        # A merge close to its plain method may drop nothing, which leaves the panels empty.
+        if any(v > 0 for line in axes.lines for v in line.get_ydata()):
+            axes.set_yscale("log")
         axes.set_ylabel("output energy removed (%)")
     return _finish(figure, panels)
 
