@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mergekit_pave.algebra.numeric import wide
+from mergekit_pave.choices import RESCALERS as RESCALERS
 
 
 def elect(base: Tensor, models: Sequence[Tensor]) -> Tensor:
@@ -76,9 +77,6 @@ def task_weight(base: Tensor, merged: Tensor, mask: Tensor, scale: float) -> Ten
 
 def _task_vector(base: Tensor, model: Tensor) -> Tensor:
     return wide(model) - wide(base)
-
-
-RESCALERS = ("tensor_mean", "global")
 
 
 class Trace(NamedTuple):

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import click
 
-from mergekit_pave.algebra.emr import RESCALERS
+from mergekit_pave.choices import DTYPES, RESCALERS
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.plugin import register
-from mergekit_pave.publish.card import CARD, write_card
-from mergekit_pave.publish.hub import push_store
-from mergekit_pave.recipe.reading import CONFIGURATION, read_yaml
-from mergekit_pave.storage.low_rank import DTYPES
-from mergekit_pave.tasks.compress import compress
-from mergekit_pave.tasks.emr import materialize
-from mergekit_pave.tasks.reconstruct import reconstruct
+
+# What computes is imported when a command runs: help texts need none of it.
 
 
 @click.command("card")
@@ -33,7 +26,10 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
     Example:
         mergekit-pave card OUT --push me/wizard-math-code
     """
+    from mergekit_pave.plugin import register
+    from mergekit_pave.publish.card import CARD, write_card
     from mergekit_pave.publish.hub import push_merge
+    from mergekit_pave.recipe.reading import CONFIGURATION
 
     if private and not push:
         raise PaveError("--private goes with --push REPO_ID.")
@@ -82,6 +78,9 @@ def compress_command(config, out, rank_fraction, dtype, lora, device, lora_merge
         mergekit-pave compress merge.yml compressed --rank-fraction 0.05 --lora
     """
     from mergekit_pave.cli.options import device_of
+    from mergekit_pave.models.source import LoaderOptions
+    from mergekit_pave.recipe.reading import read_yaml
+    from mergekit_pave.tasks.compress import compress
 
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     where = device_of(device)
@@ -118,6 +117,9 @@ def materialize_command(merged, task, folder, base, rescaler, lora_merge_cache,
         mergekit-pave materialize ./merged math-expert ./merged-math
         mergekit-pave materialize me/merged 0 ./merged-math --base ./base
     """
+    from mergekit_pave.models.source import LoaderOptions
+    from mergekit_pave.tasks.emr import materialize
+
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     materialize(merged, task, folder, base=base, rescaler=rescaler, options=options)
     click.echo(f"{folder}: the model of {task}.")
@@ -138,6 +140,8 @@ def publish_command(store: str, repo_id: str, private: bool) -> None:
     Example:
         mergekit-pave publish wizardmath-covariance me/wizardmath-covariance
     """
+    from mergekit_pave.publish.hub import push_store
+
     click.echo(push_store(store, repo_id, private=private))
 
 
@@ -161,6 +165,9 @@ def reconstruct_command(compressed, folder, base, lora_merge_cache, transformers
         mergekit-pave reconstruct compressed/math-expert ./math
         mergekit-pave reconstruct compressed/math-expert ./math --base ./base
     """
+    from mergekit_pave.models.source import LoaderOptions
+    from mergekit_pave.tasks.reconstruct import reconstruct
+
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     reconstruct(compressed, folder, base=base, options=options)
     click.echo(f"{folder}: reconstructed from {compressed}.")

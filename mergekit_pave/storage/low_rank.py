@@ -43,7 +43,6 @@ from mergekit_pave.storage.files import write_atomically
 KIND = "mergekit-pave compressed model"
 FORMAT = 2
 MODEL, LORA = "model", "lora"
-DTYPES = ("float32", "bfloat16", "float16")
 _STORED = {"base": (), "rows": ("", "::rows"), "factors": ("::u", "::s", "::v"), "whole": ("",)}
 
 

@@ -1,0 +1,171 @@
+"""The stock command at the sizes of real models: what each method costs beside `ties`.
+
+    OMP_NUM_THREADS=1 nice python tests/benchmarks/real_size.py [--layers 24] [--fit-only]
+        [--rows 64] [--json PATH]
+
+Generated Llama-shaped families, a base and two fine-tunes in bfloat16 shards: two small ones
+(512 and 1024 wide) and a large one with the shapes of a 1.5 B model (2048 wide, 5632 inside,
+32,000 words), of which `--layers` says how many. Every run is a subprocess of the stock command,
+with the models dropped from the page cache before it.
+
+The seconds that a method needs are modelled as
+
+    start + per_parameter * parameters + per_operation * operations
+
+with one operation for each `out * in * min(out, in)` of a linear layer: what reads, casts and adds
+grows with the first, what factorises with the second. Both rates come from the two small
+families alone; the large one is predicted before it is measured. Then all three give the rates
+from which 7B and 70B are predicted. Processor seconds are modelled: beside other work wall
+seconds tell of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import yaml
+from generated import Cost, Shape, cost_of, forget, write_data, write_model
+
+YAML = Path(sys.executable).with_name("mergekit-yaml")
+SMALL = (Shape(512, 1408, 128, 4, 4_000), Shape(1024, 2816, 256, 3, 4_000))
+LENGTH = 64
+LLAMA = {
+    "7B": Shape(4096, 11008, 4096, 32, 32_000), "70B": Shape(8192, 28672, 1024, 80, 128_256)}
+# Per method what it reads beside the models, and its parameters.
+METHODS = {
+    "ties": ("", {}),
+    "tsv_m": ("", {}),
+    "tsv_regmean": ("none", {}),
+    "regmean": ("store", {}),
+    "pave_ties": ("store", {}),
+}
+
+
+def features(shape: Shape) -> tuple[float, float]:
+    """Parameters, and operations of the factorisations of the linear layers."""
+    return shape.parameters, shape.layers * sum(a * b * min(a, b) for a, b in shape.weights)
+
+
+def config(folder: Path, method: str) -> Path:
+    statistics, more = METHODS[method]
+    models = []
+    for name in ("expert0", "expert1"):
+        own = {"weight": 1.0, "density": 0.2} if method.endswith("ties") else {}
+        if statistics == "store":
+            own["covariance"] = str(folder / f"{name}-store")
+        models.append({"model": str(folder / name), **({"parameters": own} if own else {})})
+    whole = {"merge_method": method, "base_model": str(folder / "base"), "models": models,
+             "dtype": "bfloat16"}
+    if statistics == "none":
+        whole["parameters"] = {"calibration_dataset": "none", **more}
+    path = folder / f"{method}.yml"
+    path.write_text(yaml.safe_dump(whole))
+    return path
+
+
+def measure(shape: Shape, rows: int, folder: Path) -> dict[str, Cost]:
+    """The cost of each command on a family of that shape."""
+    models = [write_model(folder / "base", shape)]
+    models += [write_model(folder / f"expert{i}", shape, i) for i in range(2)]
+    data = write_data(folder / "data.jsonl", rows, LENGTH)
+    out, cache = folder / "out", folder / "cache"
+    found: dict[str, Cost] = {}
+
+    def run(name: str, *command: object, keep: bool = False) -> None:
+        if not keep:
+            shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+        forget(*models)
+        found[name], _ = cost_of(list(command), {
+            "MERGEKIT_PAVE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
+        sys.stderr.write(f"{shape.width} x {shape.layers}: {name} {found[name]}\n")
+
+    run("start", YAML, "--help")
+    for model in models[1:]:
+        run("calibrate", sys.executable, "-m", "mergekit_pave", "calibrate", model, "--dataset",
+            data, "-o", f"{model}-store")
+    for method in METHODS:
+        run(method, YAML, config(folder, method), out, "--quiet")
+    run("pave_ties, again", YAML, config(folder, "pave_ties"), out, "--quiet", keep=True)
+    return found
+
+
+def rates(families: list[tuple[Shape, dict[str, Cost]]], name: str) -> tuple[float, float]:
+    """Seconds per parameter and per operation, neither below 0, by relative least squares."""
+    from scipy.optimize import nnls
+
+    rows, right = [], []
+    for shape, costs in families:
+        seconds = max(0.1, costs[name].cpu - costs["start"].cpu)
+        rows.append([value / seconds for value in features(shape)])
+        right.append(1.0)
+    matrix = np.array(rows)
+    scale = matrix.max(0)
+    solution, _ = nnls(matrix / scale, np.array(right))
+    return tuple((solution / scale).tolist())
+
+
+def predicted(shape: Shape, start: float, rate: tuple[float, float]) -> float:
+    return start + float(np.dot(features(shape), rate))
+
+
+def report(families: list[tuple[Shape, dict[str, Cost]]], rows: int) -> dict:
+    small, large = families[: len(SMALL)], families[len(SMALL):]
+    names = [name for name in families[0][1] if name != "start"]
+    result: dict = {"tokens": rows * LENGTH, "families": [
+        {"shape": asdict(shape), "parameters": shape.parameters,
+         "costs": {name: asdict(cost) for name, cost in costs.items()},
+         "ratios to ties": {n: costs[n].ratios(costs["ties"]) for n in names}}
+        for shape, costs in families]}
+    for shape, costs in large:
+        start = costs["start"].cpu
+        result["cpu seconds of the large family, predicted / measured"] = {
+            name: predicted(shape, start, rates(small, name)) / costs[name].cpu for name in names}
+    result["seconds per parameter and per operation"] = {n: rates(families, n) for n in names}
+    start = families[-1][1]["start"].cpu
+    result["cpu hours predicted"] = {
+        size: {name: predicted(shape, start, rates(families, name)) / 3600 for name in names}
+        for size, shape in LLAMA.items()}
+    return result
+
+
+def table(result: dict) -> str:
+    """The large family as a table of ratios to `ties`."""
+    last = result["families"][-1]
+    check = result.get("cpu seconds of the large family, predicted / measured", {})
+    lines = ["| | wall | CPU | peak | read | written | CPU predicted / measured | 7B, CPU hours | "
+             "70B |", "|---|---|---|---|---|---|---|---|---|"]
+    for name, ratios in last["ratios to ties"].items():
+        hours = [result["cpu hours predicted"][size][name] for size in LLAMA]
+        cells = [f"{ratios[k]:.2f}" for k in ("wall", "cpu", "peak", "read", "written")]
+        cells += [f"{check[name]:.2f}" if name in check else "", *(f"{h:.2g}" for h in hours)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--fit-only", action="store_true", help="the small families alone")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    families = []
+    for shape in (*SMALL, *([] if options.fit_only else [Shape(layers=options.layers)])):
+        with tempfile.TemporaryDirectory() as folder:
+            families.append((shape, measure(shape, options.rows, Path(folder))))
+        result = report(families, options.rows) if len(families) >= len(SMALL) else {}
+        if options.json and result:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
