@@ -19,6 +19,7 @@ _COMMANDS = {
     "publish": "folders:publish_command",
     "reconstruct": "folders:reconstruct_command",
     "report": "merges:report",
+    "tune": "evaluation:tune_command",
 }
 
 

@@ -12,29 +12,40 @@ from mergekit_pave.errors import PaveError
 _SAME = "As you give it to mergekit-yaml."
 
 
-def _row_options(command):
-    for option in reversed((
-        click.option("--rows", default=64, show_default=True, type=click.IntRange(min=2),
-                     help="Held-out rows of each model, at most."),
-        click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=2),
-                     help="Tokens of a row, at most."),
-        click.option("--held-out", multiple=True, metavar="DATA",
-                     help="Rows of a model's task, a file or data set; once for each model, in "
-                     "their order. By default rows of its calibration data that calibration does "
-                     "not draw."),
-        click.option("--split", help="Split of each model's own data to take the rows from."),
-        click.option("--general", metavar="DATA", help="Rows of no task: what the merge damages."),
-        click.option("--base", metavar="MODEL", help="The base model, where the merge names none."),
-        click.option("--device", default="cpu", show_default=True,
-                     help="Where to compute: cpu, cuda, ..., or auto."),
-        click.option("--max-memory", help="Main memory for weights, such as 8GiB; the rest is "
-                     "read from the shards as it is needed."),
-        click.option("--lora-merge-cache", help=_SAME),
-        click.option("--transformers-cache", help=_SAME),
-        click.option("--trust-remote-code", is_flag=True, help=_SAME),
-    )):
-        command = option(command)
-    return command
+def _row_options(without: tuple[str, ...] = ()):
+    """Options that say which rows are scored, and where."""
+
+    def decorate(command):
+        for name, option in reversed(_OPTIONS.items()):
+            if name not in without:
+                command = option(command)
+        return command
+
+    return decorate
+
+
+_OPTIONS = {
+    "rows": click.option("--rows", default=64, show_default=True, type=click.IntRange(min=2),
+                         help="Held-out rows of each model, at most."),
+    "max_tokens": click.option("--max-tokens", default=256, show_default=True,
+                               type=click.IntRange(min=2), help="Tokens of a row, at most."),
+    "held_out": click.option(
+        "--held-out", multiple=True, metavar="DATA",
+        help="Rows of a model's task, a file or data set; once for each model, in their order. By "
+        "default rows of its calibration data that calibration does not draw."),
+    "split": click.option("--split", help="Split of each model's own data to take rows from."),
+    "general": click.option("--general", metavar="DATA",
+                            help="Rows of no task: what the merge damages."),
+    "base": click.option("--base", metavar="MODEL",
+                         help="The base model, where the merge names none."),
+    "device": click.option("--device", default="cpu", show_default=True,
+                           help="Where to compute: cpu, cuda, ..., or auto."),
+    "max_memory": click.option("--max-memory", help="Main memory for weights, such as 8GiB; the "
+                               "rest is read from the shards as it is needed."),
+    "lora_merge_cache": click.option("--lora-merge-cache", help=_SAME),
+    "transformers_cache": click.option("--transformers-cache", help=_SAME),
+    "trust_remote_code": click.option("--trust-remote-code", is_flag=True, help=_SAME),
+}
 
 
 @click.command("evaluate")
@@ -42,7 +53,7 @@ def _row_options(command):
                 type=click.Path(exists=True, path_type=Path))
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="The merge's configuration, where the one in OUT has lost its local paths.")
-@_row_options
+@_row_options()
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path),
               help="Also write everything to this file.")
 @click.option("--card", is_flag=True, help="Also write it into OUT's model card, with metadata "
@@ -91,6 +102,46 @@ def evaluate(merges, config, rows, max_tokens, held_out, split, general, base, d
                 raise PaveError(f"{result.name} is no folder and has no card; merge it first.")
             write_evaluation(result.target.folder, result.of_tasks, result.general)
             click.echo(f"{result.target.folder / 'README.md'}: the evaluation is in the card.")
+
+
+@click.command("tune")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False),
+              help="The tuned configuration; merges lie beside it while they are looked at.")
+@click.option("--budget", default="10", show_default=True, metavar="N|MINUTESm",
+              help="Merges to make at most, or minutes to spend, such as 30m.")
+@click.option("--methods", metavar="A,B,C", help="Compare these methods, each with an equal share "
+              "of the budget, and take the best.")
+@_row_options(without=("general",))
+def tune_command(config, output, budget, methods, rows, max_tokens, held_out, split, base, device,
+                 max_memory, lora_merge_cache, transformers_cache, trust_remote_code) -> None:
+    """Find the strength of CONFIG's merge, and the parameters that matter, without labels.
+
+    The strength (`lambda`, or `weight` where a method has none) comes first, then one or two
+    parameters such as rank_ratio, balance or density. Candidates are merged the stock way and
+    scored as `evaluate` does it; one that is clearly worse than the best is stopped early. The
+    result is an ordinary configuration for mergekit-yaml. Run it again after an interruption, and
+    it goes on where it was.
+
+    \b
+    Examples:
+        mergekit-pave tune merge.yml -o tuned.yml
+        mergekit-pave tune merge.yml -o tuned.yml --budget 30m --methods ties,tsv_m,tsv_regmean
+    """
+    from mergekit_pave.evaluation.setup import read_configuration
+    from mergekit_pave.evaluation.tuned import parse_budget, tune
+
+    wanted, options, resources = _settings(
+        rows, max_tokens, held_out, split, None, base, device, max_memory, lora_merge_cache,
+        transformers_cache, trust_remote_code)
+    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
+    try:
+        found = tune(read_configuration(config), output, wanted, options, resources,
+                     parse_budget(budget), names, click.echo)
+    except KeyboardInterrupt:
+        raise PaveError(
+            "Interrupted: what is scored is kept; run the same command again to go on.") from None
+    click.echo(f"{output}: " + found.text.splitlines()[1].removeprefix("# "))
 
 
 def _settings(rows, max_tokens, held_out, split, general, base, device, max_memory,
