@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mergekit import merge_methods
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.plugin import register
+from mergekit_pave.recipe.parameters import PARAMETERS
 from mergekit_pave.recipe.reading import configuration
 
 SEED = 0
@@ -26,6 +28,7 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
         PaveError: mergekit cannot merge it, or the disk is full.
     """
     register()
+    raw = _known(raw)
     import mergekit.merge
     from mergekit.options import MergeOptions
 
@@ -42,6 +45,29 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
         raise PaveError(
             f"The merge cannot be written to {folder.parent} ({error.strerror or error}); what is "
             "scored is kept, run it again once there is room.") from error
+
+
+def _known(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without calibration keys that its method does not know.
+
+    They tell which rows are held out, and would be warned of in every merge.
+    """
+    method = raw.get("merge_method")
+    if method not in {m.spec.name for m in merge_methods.registered_methods()}:
+        return dict(raw)
+    declared = {p.name for p in merge_methods.get(method).spec.parameters}
+
+    def kept(part: Mapping[str, Any]) -> dict[str, Any]:
+        own = part.get("parameters")
+        if not isinstance(own, dict):
+            return dict(part)
+        return {**part, "parameters": {
+            key: value for key, value in own.items() if key in declared or key not in PARAMETERS}}
+
+    result = kept(raw)
+    if isinstance(raw.get("models"), list):
+        result["models"] = [kept(m) if isinstance(m, dict) else m for m in raw["models"]]
+    return result
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from collections.abc import Callable
 FACTOR = 1.5
 # Points beyond the first ones, where the best of them is at the edge.
 FURTHER = 3
+# Parabolas one after the other, and strengths that are as good as the same.
+REFINED, CLOSE = 2, 0.02
 
 
 def line(
@@ -48,8 +50,12 @@ def line(
             break
         if not look(best / FACTOR if best == places[0] else best * FACTOR):
             return found
-    if (between := peak(found)) is not None:
-        look(between)
+    for _ in range(REFINED):
+        between = peak(found)
+        if between is None or any(abs(between / s - 1) < CLOSE for s in found if s):
+            break
+        if not look(between):
+            break
     return found
 
 
