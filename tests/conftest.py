@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 pytest.register_assert_rewrite("helpers")
 
-from helpers import make_family, write_texts  # noqa: E402
+from helpers import emr_config, make_family, merge, recipe, write_texts  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +41,37 @@ def texts(tmp_path_factory) -> list[Path]:
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def good(families, texts) -> dict:
+    return recipe(families("llama"), texts)
+
+
+@pytest.fixture(scope="module")
+def emr_trio(tmp_path_factory):
+    """`emr_trio(kind)` -> a base and three fine-tunes, in float32."""
+    made = {}
+
+    def get(kind: str, **more):
+        key = (kind, *more.values())
+        if key not in made:
+            made[key] = make_family(tmp_path_factory.mktemp(kind), kind, experts=3, **more)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def emr_merged(emr_trio, tmp_path_factory) -> Path:
+    """A finished merge of three tiny Llamas, with mergekit's card and configuration."""
+    out = tmp_path_factory.mktemp("emr") / "out"
+    merge(emr_config(emr_trio("llama")), out, write_model_card=True, copy_tokenizer=True,
+          out_shard_size=20_000)
+    return out
+
+
+@pytest.fixture
+def emr_copy(emr_merged, tmp_path) -> Path:
+    """A copy of that merge, to be damaged."""
+    return shutil.copytree(emr_merged, tmp_path / "copy")

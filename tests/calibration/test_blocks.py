@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate.utils.offload import OffloadedWeightsLoader
-from conftest import CLASSES, write_images, write_tokenizer
+from helpers import CLASSES, write_images, write_tokenizer
 from torch import nn
 
 from mergekit_pave.calibration.blocks import Walk, outputs

@@ -14,10 +14,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import local_path
 from mergekit_pave.recipe.parameters import CalibrationSpec
 
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture

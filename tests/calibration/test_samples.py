@@ -1,20 +1,31 @@
 """Calibration rows as one model's tensors: content, limits, batches, and refusals."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 
-import datasets
-import numpy
 import pytest
 import torch
 import transformers
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from helpers.samples import (
+    BOS,
+    EOS,
+    PAD,
+    VOCABULARY,
+    bert,
+    ids,
+    llama,
+    save_tokenizer,
+    t5,
+    tokens,
+    words,
+)
+from tokenizers import Tokenizer, models
 
 from mergekit_pave.calibration import samples as data
 from mergekit_pave.calibration.limits import is_text_encoder, length_limit
@@ -22,78 +33,7 @@ from mergekit_pave.calibration.samples import Samples, batches, load_samples
 from mergekit_pave.errors import PaveError
 from mergekit_pave.recipe.parameters import CalibrationSpec
 
-PAD, BOS, EOS, UNK = range(4)
-WORDS = {f"w{i}": 4 + i for i in range(40)} | {"user": 44, "assistant": 45, ":": 46}
-VOCABULARY = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNK, **WORDS}
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-    "{{ raise_exception('no system') }}{% endif %}{{ m.role }} : {{ m.content }} {% endfor %}")
-
-
-def save_tokenizer(folder, framed="<s> $A", pair="<s> $A </s> $B </s>", **options):
-    """A word-level tokenizer; `framed` says which special tokens it adds to a text."""
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=framed, pair=pair.replace("$B </s>", "$B:1 </s>:1"),
-        special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    tokenizer.enable_padding(length=32)  # what some published tokenizers were saved with
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>", **options).save_pretrained(folder)
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-
-
-@pytest.fixture
-def model(tmp_path):
-    save_tokenizer(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-@pytest.fixture
-def load(tmp_path, model):
-    """Write rows to a file and load them for a model: `load(rows, config, max_seq_length=8)`."""
-    def load(rows, config=None, path=model, **spec):
-        file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return load_samples(CalibrationSpec(str(file), **spec), path, config or llama())
-
-    return load
-
-
-def llama(**options):
-    return transformers.LlamaConfig(
-        **{"vocab_size": 48, "max_position_embeddings": 64, "hidden_size": 8,
-           "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1, **options})
-
-
-def bert(kind=transformers.BertConfig, **options):
-    return kind(**{"vocab_size": 48, "max_position_embeddings": 64, "hidden_size": 8,
-                   "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1,
-                   **options})
-
-
-def t5(**options):
-    return transformers.T5Config(vocab_size=48, d_model=8, **options)
-
-
-def ids(samples, name="input_ids"):
-    return [item[name].tolist() for item in samples.items]
-
-
-def words(*numbers):
-    return " ".join(f"w{n}" for n in numbers)
-
-
-def tokens(*numbers):
-    return [4 + n for n in numbers]
-
-
-# Text
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def test_plain_text_keeps_its_length_and_gets_one_bos(load):
@@ -226,99 +166,7 @@ def test_token_ids_beyond_the_embedding(load, model):
         load([{"input_ids": [1, 99]}], text_column="input_ids")
 
 
-# Chats
-
-
-@pytest.fixture
-def chatty(tmp_path):
-    save_tokenizer(tmp_path / "chatty", chat_template=TEMPLATE)
-    return str(tmp_path / "chatty")
-
-
-MESSAGES = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-SHARED = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "w1"}]},
-         {"role": "assistant", "content": [{"type": "text", "text": "w2"}]}]
-
-
-@pytest.mark.parametrize("column, chat, asked", [
-    ("messages", MESSAGES, "text"), ("conversations", SHARED, "text"),
-    ("dialogue", SHARED, "dialogue"), ("messages", PARTS, "messages")])
-def test_chats_use_the_models_own_template(load, chatty, column, chat, asked):
-    samples = load([{column: chat}], path=chatty, text_column=asked)
-    assert ids(samples) == [[BOS, 44, 46, *tokens(1), 45, 46, *tokens(2)]]  # a single BOS
-    assert samples.notes["chat_template"] is True
-    assert load([{"text": "w1"}], path=chatty).notes["chat_template"] is False
-
-
-def test_chat_without_a_template(load, model):
-    with pytest.raises(PaveError, match=f"tokenizer of {model} has no chat template; add a "
-                                        "chat_template.jinja .* or name a column of plain text"):
-        load([{"messages": MESSAGES}])
-
-
-def test_rows_that_the_template_refuses_are_skipped(load, chatty):
-    refused = [{"role": "system", "content": "w9"}, *MESSAGES]
-    samples = load([{"messages": refused}, {"messages": MESSAGES}], path=chatty)
-    assert samples.notes["skipped"] == {"refused by the chat template": 1}
-    with pytest.raises(PaveError, match=r"refused by the chat template \(no system\): 1"):
-        load([{"messages": refused}], path=chatty)
-
-
-@pytest.mark.parametrize("messages, problem", [
-    ([{"role": "narrator", "content": "secret"}], "a message with an unknown role ('narrator')"),
-    ([{"content": "secret"}], "a message with an unknown role (None)"),
-    ([{"role": "user", "content": [{"type": "secret"}]}],
-     "a message whose content is not text ([{'type': str}])"),
-    ([{"role": "user", "content": None}], "a message whose content is not text (NoneType)"),
-])
-def test_strange_messages_are_skipped_and_their_text_not_shown(load, chatty, messages, problem):
-    samples = load([{"messages": messages}, {"messages": MESSAGES}], path=chatty)
-    assert samples.notes["skipped"] == {problem.partition(" (")[0]: 1}
-    with pytest.raises(PaveError, match=re.escape(problem)) as raised:
-        load([{"messages": messages}], path=chatty)
-    assert "secret" not in raised.value.message
-
-
-def test_a_template_that_writes_the_date_gives_the_same_rows_every_day(load, tmp_path):
-    save_tokenizer(tmp_path / "dated", chat_template=(
-        "{{ strftime_now('%f') }} {% for m in messages %}{{ m.content }} {% endfor %}"))
-    once, again = (load([{"messages": MESSAGES}], path=tmp_path / "dated") for _ in range(2))
-    assert once.digest == again.digest
-
-
-@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
-def test_a_call_needs_no_text(load, chatty, key):
-    call = [MESSAGES[0], {"role": "assistant", "content": None, key: [{"name": "w2"}]}]
-    assert load([{"messages": call}], path=chatty).notes["skipped"] == {}
-
-
-def test_negative_token_ids(load, model):
-    with pytest.raises(PaveError, match="the token id -1; .* attention_mask"):
-        load([{"input_ids": [5, 6, -1]}], text_column="input_ids")
-
-
-@pytest.mark.parametrize("value, problem", [
-    ("[{'role': 'user'}]", "holds str"), (["a", "b"], "holds \\[str, ... 2 in all\\]"),
-    ({"en": "a"}, "holds {'en': str}")])
-def test_columns_of_another_shape(load, chatty, value, problem):
-    with pytest.raises(PaveError, match=f"'messages' {problem}, which cannot be read"):
-        load([{"messages": value}], path=chatty)
-
-
-def test_empty_chats_are_skipped_and_tool_calls_reach_the_template(load, tmp_path):
-    save_tokenizer(tmp_path / "tools", chat_template=(
-        "{% for m in messages %}{{ m.content }} {% if m.tool_calls is defined %}"
-        "{{ m.tool_calls[0].name }} {% endif %}{% endfor %}"))
-    call = [{"role": "user", "content": "w1"},
-            {"role": "assistant", "content": None, "tool_calls": [{"name": "w2"}]}]
-    samples = load([{"messages": []}, {"messages": call}], path=tmp_path / "tools")
-    assert ids(samples) == [tokens(1, 2)] and samples.notes["skipped"] == {"empty": 1}
-
-
 # Token ids, and encoder-decoders
-
-
 def test_token_rows_lose_their_padding(load, tmp_path):
     rows = [{"input_ids": [PAD, PAD, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}]
     samples = load(rows, path=tmp_path / "no-tokenizer-needed", text_column="input_ids",
@@ -358,87 +206,6 @@ def test_t5_runs_on_its_batches(load, tmp_path):
     batch, = batches(load([{"text": words(1, 2)}], config, path=tmp_path / "t5"), 4)
     assert batch["decoder_input_ids"][0, 0] == config.pad_token_id
     transformers.T5Model(config)(**batch)
-
-
-# Images
-
-
-@pytest.fixture
-def vit(tmp_path):
-    folder = tmp_path / "vit"
-    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return str(folder)
-
-
-def vit_config(**options):
-    return transformers.ViTConfig(image_size=8, patch_size=4, hidden_size=8, **options)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, mode in enumerate(("RGB", "L", "RGBA", "P")):
-        Image.new(mode, (5 + i, 9), i).save(folder / f"{i}.png")
-    return folder
-
-
-def test_image_folder(pictures, vit):
-    samples = load_samples(CalibrationSpec(str(pictures)), vit, vit_config())
-    assert samples.tokens == len(samples.items) == 4
-    assert all(item["pixel_values"].shape == (3, 8, 8) for item in samples.items)
-    batch, = batches(samples, 8)
-    assert set(batch) == {"pixel_values"} and batch["pixel_values"].shape == (4, 3, 8, 8)
-
-
-def test_saved_images_and_broken_ones(tmp_path, vit, caplog):
-    good = Image.fromarray(numpy.zeros((4, 4, 3), numpy.uint8))
-    features = datasets.Features({"img": datasets.Image()})
-    rows = [{"img": good}, {"img": None}, {"img": {"bytes": b"broken", "path": None}}]
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
-    samples = load_samples(CalibrationSpec(str(tmp_path / "saved")), vit, vit_config())
-    assert len(samples.items) == 1
-    assert samples.notes["skipped"] == {"empty": 1, "not a readable image": 1}
-
-
-def test_image_paths_start_at_the_file_that_names_them(load, pictures, vit):
-    rows = [{"file": "pictures/0.png"}, {"file": str(pictures / "1.png")}, {"file": "gone.png"}]
-    samples = load(rows, vit_config(), path=vit, text_column="file")
-    assert len(samples.items) == 2 and samples.notes["skipped"] == {"not a readable image": 1}
-
-
-def test_images_that_the_processor_refuses_are_skipped(pictures, vit, monkeypatch):
-    def refuse(self, images, **options):
-        if images.size[0] == 5:
-            raise ValueError("too narrow")
-        return original(self, images=images, **options)
-
-    kind = type(transformers.AutoImageProcessor.from_pretrained(vit))
-    original = kind.__call__
-    monkeypatch.setattr(kind, "__call__", refuse)
-    samples = load_samples(CalibrationSpec(str(pictures)), vit, vit_config())
-    assert samples.notes["skipped"] == {"refused by the image processor": 1}
-
-
-def test_images_and_text_do_not_mix(load, pictures, vit, model):
-    with pytest.raises(PaveError, match="takes images, but text_column 'text' holds text"):
-        load([{"text": "w1 w2."}], vit_config(), path=vit)
-    with pytest.raises(PaveError, match="takes images, but text_column names 2 columns"):
-        load([{"a": "w1", "b": "w2"}], vit_config(), path=vit, text_column="a,b")
-    with pytest.raises(PaveError, match="model takes text, and .*pictures' has images"):
-        load_samples(CalibrationSpec(str(pictures)), model, llama())
-    with pytest.raises(PaveError, match="holds images, but no image processor could be loaded"):
-        load_samples(CalibrationSpec(str(pictures)), model, vit_config())
-    with pytest.raises(PaveError, match="takes input_features, and calibration data can be text"):
-        load([{"text": "w1"}], transformers.WhisperConfig())
-
-
-def test_missing_pillow(load, monkeypatch, pictures, vit):
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(PaveError, match=r"pip install mergekit-pave\[vision\]"):
-        load_samples(CalibrationSpec(str(pictures)), vit, vit_config())
-    with pytest.raises(PaveError, match=r"pip install mergekit-pave\[vision\]"):
-        load([{"text": "0.png"}], vit_config(), path=vit)
 
 
 # Tokenizers

@@ -1,0 +1,131 @@
+"""Models, data and stores that `check` finds unsuitable, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import errors, recipe, write_images
+from helpers.checks import MODEL, change, doctored
+
+from mergekit_pave.plugin import register
+
+register()
+pytestmark = pytest.mark.usefixtures("nothing_heavy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 3}, ["num_hidden_layers 3, the base 2"]),
+        ({"hidden_size": 64}, ["hidden_size 64, the base 32"]),
+        ({"intermediate_size": 64}, ["intermediate_size 64, the base 48"]),
+        ({"num_key_value_heads": 4}, ["num_key_value_heads 4, the base 2"]),
+        ({"vocab_size": 100}, ["100 tokens, the base 94", "`tokenizer: {source: base}`"]),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+         ["Qwen2ForCausalLM", "LlamaForCausalLM", "one architecture"]),
+        ({"architectures": None}, ["`architectures`", "LlamaForCausalLM"]),
+        ({"model_type": "never_heard_of"}, ["Cannot read the config", "never_heard_of",
+                                            "upgrade transformers"]),
+        *[({"quantization_config": {"quant_method": method, **more}}, [method, "full-precision"])
+          for method, more in [("gptq", {"bits": 4}), ("awq", {"bits": 4}),
+                               ("bitsandbytes", {"load_in_4bit": True}), ("fp8", {})]],
+    ],
+    ids=str,
+)
+def test_unsuitable_model(good, tmp_path, changes, words):
+    found = errors(doctored(good, tmp_path, **changes))
+    assert len(found) == 1 and "models[0]" in found[0] and "doctored" in found[0]
+    for word in words:
+        assert word in found[0]
+
+
+def test_heads_of_different_sizes(families, texts, tmp_path):
+    labels = {str(i): f"L{i}" for i in range(5)}
+    raw = doctored(recipe(families("roberta"), texts), tmp_path, id2label=labels,
+                   label2id={v: int(k) for k, v in labels.items()})
+    assert "5 labels, the base into 3" in errors(raw)[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (None, ["There is no model folder", "correct the path"]),
+        ([], ["has no config.json"]),
+        (["adapter_config.json"], ["is an adapter", "MODEL+"]),
+        (["weights.gguf"], ["GGUF", "full-precision"]),
+    ],
+)
+def test_missing_model(good, tmp_path, files, words):
+    folder = tmp_path / "odd"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    for path in ("models.1.model", "base_model"):
+        found = errors(change(good, path, str(folder)))
+        assert path.replace(".1.model", "[1]") in found[0] and str(folder) in found[0]
+        for word in words:
+            assert word in found[0]
+
+
+def test_gguf_file(good):
+    found = errors(change(good, "models.1.model", "/somewhere/model.Q4_K_M.gguf"))
+    assert "GGUF" in found[0]
+
+
+def test_hub_model_that_cannot_be_reached(good):
+    found = errors(change(good, "models.1.model", "nobody/nothing"))
+    assert "nobody/nothing" in found[0] and "`hf auth login`" in found[0]
+
+
+# --- data ----------------------------------------------------------------------------------
+
+
+def test_data_file_missing(good):
+    found = errors(change(good, f"{MODEL}.calibration_dataset", "./nowhere.jsonl"))
+    assert "models[0]" in found[0] and "nowhere.jsonl" in found[0] and "correct" in found[0]
+
+
+def test_data_empty(good, tmp_path):
+    (tmp_path / "e.jsonl").touch()
+    found = errors(change(good, f"{MODEL}.calibration_dataset", str(tmp_path / "e.jsonl")))
+    assert "models[0]" in found[0] and "empty" in found[0]
+
+
+def test_data_column_missing(good):
+    found = errors(change(good, f"{MODEL}.text_column", "question"))
+    assert "'question'" in found[0] and "'text'" in found[0]
+
+
+def test_images_for_a_model_of_text(good, tmp_path):
+    images = write_images(tmp_path / "images")
+    found = errors(change(good, f"{MODEL}.calibration_dataset", str(images)))
+    assert "models[0]" in found[0] and "takes text, and" in found[0]
+
+
+def test_data_split_missing(good):
+    found = errors(change(good, f"{MODEL}.calibration_split", "validation"))
+    assert "'validation'" in found[0] and "train" in found[0]
+
+
+def test_covariance_nowhere(good, tmp_path):
+    found = errors(change(good, f"{MODEL}.covariance", str(tmp_path / "nowhere")))
+    assert "models[0]" in found[0] and "No covariance store" in found[0]
+    assert "`mergekit-pave calibrate" in found[0]
+
+
+def test_covariance_incomplete(good, tmp_path):
+    (tmp_path / "calibration.json").write_text("{}")
+    found = errors(change(good, f"{MODEL}.covariance", str(tmp_path)))
+    assert "manifest.json" in found[0]
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", "3", '{"kind": "other"}'])
+def test_covariance_with_a_strange_manifest(good, tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    found = errors(change(good, f"{MODEL}.covariance", str(tmp_path)))
+    assert "not the manifest of a covariance store" in found[0] and "recalibrate" in found[0]
+
+
+def test_covariance_not_on_the_hub(good):
+    found = errors(change(good, f"{MODEL}.covariance", "nobody/nothing"))
+    assert "nobody/nothing" in found[0] and "neither" in found[0]

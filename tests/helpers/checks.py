@@ -1,0 +1,53 @@
+"""Configurations with one thing changed, for the tests of `check`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+
+def change(raw: dict, path: str, value) -> dict:
+    """`raw` with one key set (or, for `...`, removed): `models.0.parameters.weight`."""
+    raw = copy.deepcopy(raw)
+    *parts, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    place = raw
+    for part in parts:
+        place = place[part] if isinstance(place, list) else place.setdefault(part, {})
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return raw
+
+
+MODEL = "models.0.parameters"
+SHARED = "parameters"
+
+
+def sliced(good: dict, *ranges: tuple) -> dict:
+    sources = [{"model": good["base_model"]}, *good.pop("models")]
+    good["slices"] = [
+        {"sources": [{**source, "layer_range": list(r)}
+                     for source, r in zip(sources, part, strict=True)]}
+        for part in ranges
+    ]
+    return good
+
+
+def doctored(good: dict, tmp_path: Path, **changes) -> dict:
+    """The recipe with its first model replaced by a folder with that config only."""
+    folder = tmp_path / "doctored"
+    folder.mkdir()
+    config = json.loads((Path(good["models"][0]["model"]) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return change(good, "models.0.model", str(folder))
+
+
+def own(good: dict, method: str, *data: str, **shared) -> dict:
+    """A merge by a method of ours that is no twin."""
+    models = [{"model": model["model"]} for model in good["models"]]
+    for model, dataset in zip(models, data, strict=False):
+        model["parameters"] = {"calibration_dataset": dataset}
+    return {"merge_method": method, "base_model": good["base_model"], "models": models,
+            "parameters": shared}
