@@ -91,4 +91,5 @@ def attach(module: ModuleType) -> None:
         mends.mend_cards(sys.modules["mergekit.card"])
         mends.mend_dtype(module)
         mends.mend_merged_copies(sys.modules["mergekit.common"])
+        mends.mend_lost_results(module.MultiGPUExecutor)
         run_merge.attach(module)

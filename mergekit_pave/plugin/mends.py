@@ -9,6 +9,8 @@ import functools
 import inspect
 import logging
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -122,6 +124,33 @@ def _silent_about_dtype() -> Iterator[None]:
     finally:
         for log in logs:
             log.removeFilter(_is_of_something_else)
+
+
+class _DoneWhenEmpty(threading.Event):
+    """An event that counts as set once nothing waits in a queue any more."""
+
+    def __init__(self, waiting: queue.Queue):
+        super().__init__()
+        self._waiting = waiting
+
+    def is_set(self) -> bool:
+        return super().is_set() and self._waiting.empty()
+
+
+def mend_lost_results(executor: type) -> None:
+    """Let `--multi-gpu` collect every result of its workers.
+
+    The thread that collects them ends as soon as the workers have, whatever is still in its queue:
+    on a slow terminal the merge then fails, or lacks weights without a word.
+    """
+    original = executor.__init__
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.done_event = _DoneWhenEmpty(self.task_completion_queue)
+
+    executor.__init__ = __init__
 
 
 def let_planner_ask(planner: type, method: Callable[[], MergeMethod | None]) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from types import ModuleType
 
 import pytest
+import torch
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 
 from mergekit_pave.plugin import run_merge
@@ -34,6 +38,7 @@ def _host(function) -> ModuleType:
     return module
 
 
+CPU = torch.device("cpu")
 STOCK = MergeConfiguration.model_validate({
     "merge_method": "linear", "models": [{"model": "a/b", "parameters": {"weight": 1.0}}]})
 
@@ -56,3 +61,33 @@ def test_a_mergekit_that_names_its_arguments_otherwise_runs_without_ours(tmp_pat
     module = _host(lambda recipe, folder: calls.append((recipe, folder)))
     module.run_merge(STOCK, folder=tmp_path)
     assert calls == [(STOCK, tmp_path)]
+
+
+class _Number(Task[int]):
+    value: int
+
+    def arguments(self):
+        return {}
+
+    def execute(self, **_):
+        return self.value
+
+
+def test_a_slow_terminal_loses_no_result_of_several_workers(monkeypatch):
+    """mergekit's own code but for the GPU: four workers, and a bar that takes its time."""
+
+    def worker(self, task_list, cached_values, device, quiet):
+        for handle, result in Executor(task_list, math_device=CPU, storage_device=CPU)._run(quiet=True):
+            self.task_completion_queue.put((handle._index, result))
+
+    class Slow:
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+        update = lambda *_: time.sleep(0.01)  # noqa: E731
+
+    monkeypatch.setattr(MultiGPUExecutor, "_device_worker", worker)
+    monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cuda")
+    monkeypatch.setattr("mergekit.multigpu_executor.tqdm.tqdm", lambda *_, **__: Slow())
+    targets = [_Number(value=i) for i in range(40)]
+    found = {result for _, result in MultiGPUExecutor(targets, num_gpus=4).run(quiet=True)}
+    assert found == set(range(40))
