@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
+from tqdm import tqdm
 
 from mergekit_pave.plugin import run_merge
 
@@ -77,17 +78,13 @@ def test_a_slow_terminal_loses_no_result_of_several_workers(monkeypatch):
     """mergekit's own code but for the GPU: four workers, and a bar that takes its time."""
 
     def worker(self, task_list, cached_values, device, quiet):
-        for handle, result in Executor(task_list, math_device=CPU, storage_device=CPU)._run(quiet=True):
+        own = Executor(task_list, math_device=CPU, storage_device=CPU)
+        for handle, result in own._run(quiet=True):
             self.task_completion_queue.put((handle._index, result))
-
-    class Slow:
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda *_: None  # noqa: E731
-        update = lambda *_: time.sleep(0.01)  # noqa: E731
 
     monkeypatch.setattr(MultiGPUExecutor, "_device_worker", worker)
     monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cuda")
-    monkeypatch.setattr("mergekit.multigpu_executor.tqdm.tqdm", lambda *_, **__: Slow())
+    monkeypatch.setattr(tqdm, "update", lambda *_: time.sleep(0.01))
     targets = [_Number(value=i) for i in range(40)]
     found = {result for _, result in MultiGPUExecutor(targets, num_gpus=4).run(quiet=True)}
     assert found == set(range(40))
