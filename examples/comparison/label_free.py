@@ -72,6 +72,8 @@ class Lab:
 
     def __init__(self, setting: str, out: Path, seed: int, rows: int, test_rows: int | None):
         self.comparison = Comparison(importlib.import_module(setting), out, quick=False)
+        if test_rows:
+            cut(self.comparison.setting, test_rows)
         self.out, self.seed, self.rows, self.test_rows = out, seed, rows, test_rows
         self.place = self.comparison.place(seed)
         self.folder = out / "label_free"
@@ -141,14 +143,27 @@ class Lab:
         return json.loads(file.read_text())
 
     def _score(self, model: Path, task: str, split: str) -> list[float]:
-        found = self.comparison.setting.score(self.out, model, task, self.seed, split, False)
-        return found[: self.test_rows] if split == "test" else found
+        return self.comparison.setting.score(self.out, model, task, self.seed, split, False)
 
     def _file(self, point: Point) -> Path:
         about = [point.method.name, point.strength, point.ratio, self.seed, self.rows,
                  self.test_rows]
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.json"
+
+
+def cut(setting, count: int) -> None:
+    """Let a setting score the first `count` test rows of each task only."""
+    name = "held_out" if setting.KIND == "encoder" else "_encoded"
+    whole = getattr(setting, name)
+
+    def part(*args):
+        found = whole(*args)
+        if "test" not in args:
+            return found
+        return tuple(x[:count] for x in found) if setting.KIND == "encoder" else found[:count]
+
+    setattr(setting, name, part)
 
 
 def _by_ratio(found: list[Point]) -> Iterator[tuple[float | None, list[Point]]]:

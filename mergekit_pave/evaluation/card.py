@@ -9,10 +9,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.evaluation.verdict import OfTask, sentence, table
+from mergekit_pave.evaluation.verdict import NAMES, OfTask, sentence, table
 from mergekit_pave.storage.files import write_atomically
 
 CARD = "README.md"
+# Tells our entries of `model-index` from the user's own.
+DATASET = "held-out"
 BEGIN = "<!-- mergekit-pave evaluation: begin -->"
 END = "<!-- mergekit-pave evaluation: end -->"
 
@@ -34,36 +36,35 @@ def write_evaluation(
     except Exception as error:  # whatever a YAML parser has to say of a card's head
         raise PaveError(f"The metadata of {path} is broken ({error}); repair it.") from error
     everything = [*of_tasks, *([general] if general else [])]
-    data = card.data.to_dict()
-    data["model-index"] = _index(folder, everything)
+    others = [r for r in card.data.eval_results or [] if r.dataset_type != DATASET]
+    card.data.eval_results = others + [r for task in everything for r in _results(task)]
+    card.data.model_name = card.data.model_name or folder.resolve().name
     block = f"{BEGIN}\n{_section(of_tasks, general)}\n{END}"
     old = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    body = card.text
-    body = old.sub(lambda _: block, body, count=1) if old.search(body) else (
-        f"{body.rstrip()}\n\n{block}\n")
-    card.text = body
-    card.data = type(card.data)(**data, ignore_metadata_errors=True) if data else card.data
+    if old.search(card.text):
+        card.text = old.sub(lambda _: block, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{block}\n"
     text = str(card)
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def _index(folder: Path, of_tasks: Sequence[OfTask]) -> list[dict]:
-    from huggingface_hub.repocard_data import eval_results_to_model_index
+_TASK_TYPES = {
+    "language": "text-generation", "classifier": "text-classification",
+    "encoder": "feature-extraction",
+}
 
-    results = [
+
+def _results(task: OfTask) -> list[EvalResult]:
+    """One entry of `model-index` for each score of the merge."""
+    return [
         EvalResult(
-            task_type="text-generation" if task.kind == "language" else "feature-extraction"
-            if task.kind == "encoder" else "text-classification",
-            dataset_type="held-out", dataset_name=f"held-out rows: {task.origin}",
-            metric_type=name, metric_name=f"{name}, {task.label}",
+            task_type=_TASK_TYPES[task.kind], dataset_type=DATASET,
+            dataset_name=f"{DATASET} rows: {task.origin}", metric_type=name,
+            metric_name=f"{NAMES[name]}, {task.label}",
             metric_value=round(float(values.mean()), 6))
-        for task in of_tasks for name, values in _reported(task)
+        for name, values in task.merge.items()
     ]
-    return eval_results_to_model_index(folder.resolve().name, results)
-
-
-def _reported(task: OfTask):
-    yield from task.merge.items()
 
 
 def _section(of_tasks: Sequence[OfTask], general: OfTask | None) -> str:
