@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_pave.algebra.choices import RESCALERS as RESCALERS
 from mergekit_pave.algebra.numeric import wide
-from mergekit_pave.choices import RESCALERS as RESCALERS
 
 
 def elect(base: Tensor, models: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
-from mergekit.io import ShardedTensorIndex
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.errors import PaveError
@@ -99,7 +98,7 @@ def load_model(
     config = source.config()
     refuse_quantised(config, source.label)
     dtype = _compute_dtype(config, device)
-    size = _checkpoint_bytes(source.path, config)
+    size = _checkpoint_bytes(source, config)
     room = max_memory if max_memory is not None else int(psutil.virtual_memory().available * 0.7)
     placement: dict[str, Any] = {}
     if device.type != "cpu":
@@ -155,10 +154,7 @@ def _accelerator_memory(device: torch.device, room: int) -> dict[int | str, int]
     return {**limits, "cpu": room}
 
 
-def _checkpoint_bytes(path: str, config: PretrainedConfig) -> int:
+def _checkpoint_bytes(source: ModelSource, config: PretrainedConfig) -> int:
     """Bytes of the weights when held as float32, from the sizes of the shards."""
-    folder = Path(path)
-    index = ShardedTensorIndex.from_disk(path)
-    size = sum((folder / shard.filename).stat().st_size for shard in index.shards)
     half = str(getattr(config, "dtype", "")).endswith("16")
-    return size * (2 if half else 1)
+    return source.stored_bytes() * (2 if half else 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_pave.choices import DTYPES, RESCALERS
+from mergekit_pave.algebra.choices import DTYPES, RESCALERS
 from mergekit_pave.errors import PaveError
 
 # What computes is imported when a command runs: help texts need none of it.

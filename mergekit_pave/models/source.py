@@ -167,6 +167,11 @@ class ModelSource:
             for name in sorted(shard.contained_keys):
                 yield name, loader.get_tensor(name)
 
+    def stored_bytes(self) -> int:
+        """Bytes of the weights' files."""
+        index = ShardedTensorIndex.from_disk(self.path)
+        return sum((Path(self.path) / shard.filename).stat().st_size for shard in index.shards)
+
 
 def _settings(value: Any) -> Any:
     """A config, or one inside it, without what changes no number."""
