@@ -76,6 +76,9 @@ def evaluate(merges, config, rows, max_tokens, held_out, split, general, base, d
         mergekit-pave evaluate ./merged
         mergekit-pave evaluate ./merged-ties ./merged-tsv --general wikitext.txt --json scores.json
     """
+    from mergekit_pave.plugin import register
+
+    register()
     from mergekit_pave.evaluation.run import evaluate_merges
     from mergekit_pave.evaluation.verdict import printed, table
 
@@ -128,6 +131,9 @@ def tune_command(config, output, budget, methods, rows, max_tokens, held_out, sp
         mergekit-pave tune merge.yml -o tuned.yml
         mergekit-pave tune merge.yml -o tuned.yml --budget 30m --methods ties,tsv_m,tsv_regmean
     """
+    from mergekit_pave.plugin import register
+
+    register()
     from mergekit_pave.evaluation.setup import read_configuration
     from mergekit_pave.evaluation.tuned import parse_budget, tune
 

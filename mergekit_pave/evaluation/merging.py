@@ -14,7 +14,6 @@ from mergekit import merge_methods
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.plugin import register
 from mergekit_pave.recipe.parameters import PARAMETERS
 from mergekit_pave.recipe.reading import configuration
 
@@ -27,7 +26,6 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
     Raises:
         PaveError: mergekit cannot merge it, or the disk is full.
     """
-    register()
     raw = _known(raw)
     import mergekit.merge
     from mergekit.options import MergeOptions

@@ -26,7 +26,6 @@ from mergekit_pave.evaluation.verdict import OfTask, as_dict, sentence, verdicts
 from mergekit_pave.evaluation.writing import written
 from mergekit_pave.models.folder import check_finished
 from mergekit_pave.models.source import LoaderOptions, ModelSource
-from mergekit_pave.plugin import register
 from mergekit_pave.recipe.reading import configuration
 from mergekit_pave.storage.masks import FOLDER
 
@@ -91,7 +90,6 @@ def evaluate_merges(
     Raises:
         PaveError: no merge, an unfinished one, or merges of different models.
     """
-    register()
     targets = [_target(path, config) for path in paths]
     targets = [Target(_name(i, targets), t.raw, t.folder) for i, t in enumerate(targets)]
     first = read_configuration(config) if config else targets[0].raw

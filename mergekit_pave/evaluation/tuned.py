@@ -20,7 +20,6 @@ from mergekit_pave.evaluation.setup import Wanted, bench_of
 from mergekit_pave.evaluation.space import Space, space_of
 from mergekit_pave.evaluation.tune import Budget, Trial, Tuner, gain
 from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.plugin import register
 from mergekit_pave.recipe.inputs import inputs
 from mergekit_pave.recipe.reading import configuration
 from mergekit_pave.storage.files import write_atomically
@@ -70,7 +69,6 @@ def tune(
     Raises:
         PaveError: nothing that could be tuned, no rows, a budget too small, a full disk.
     """
-    register()
     spaces = [space_of(raw, name) for name in (methods or [raw.get("merge_method")])]
     _refuse_small(budget, spaces)
     draws = any(e.calibrated for s in spaces for e in inputs(configuration(s.raw)))
