@@ -29,6 +29,16 @@ def rounding(weight: Tensor) -> float:
     return spacing * size * sum(side**0.5 for side in weight.shape)
 
 
+def lower_gram(x: Tensor, blocks: int = 8) -> Tensor:
+    """(n, n) `x^T x` of `x` (m, n), for little more than half of the work: what lies above the
+    diagonal is undefined."""
+    width = x.shape[1]
+    product, step = x.new_zeros(width, width), max(128, -(-width // blocks))
+    for i in range(0, width, step):
+        torch.mm(x[:, i : i + step].mT, x[:, : i + step], out=product[i : i + step, : i + step])
+    return product
+
+
 def cholesky(moment: Tensor) -> Tensor:
     """Lower factor of a second moment (n, n) float64, which is overwritten.
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_pave.algebra.leading import gram_eigh
 from mergekit_pave.algebra.numeric import cholesky, double
 
 
@@ -46,6 +47,8 @@ def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
 _FLOOR = 1e-9
 # Of the largest singular value: rounding.
 _NULL = 1e-10
+# Of the largest singular value: the square in float64 tells no smaller ones.
+_RESOLVED = 1e-5
 
 
 def regmean(
@@ -100,13 +103,21 @@ def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
     above `noise` counts as 0."""
     if flattening == 0 or not delta.any():
         return delta
-    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    flat = delta.shape[0] < delta.shape[1]
+    d = double(delta)
+    squares, v = gram_eigh(d.mT if flat else d)
+    s = squares.clamp_min(0).sqrt()
+    if s[0] < _RESOLVED * s[-1] and max(_NULL * s[-1], noise) < _RESOLVED * s[-1]:
+        u, s, vh = torch.linalg.svd(d, full_matrices=False)
+        v = u if flat else vh.mT
     # Null directions stay null: S^0 would give them the strength of all others.
-    s = torch.where((s > _NULL * s[0]) & (s > noise), s, 0)
-    if not s.any():
+    there = (s > _NULL * s.max()) & (s > noise)
+    if not there.any():
         return delta
-    powers = torch.where(s > 0, s ** (1 - flattening), 0)
-    return (u * (powers * (s.mean() / powers.mean()))) @ vh
+    powers = torch.where(there, s ** -flattening, 0)
+    powers *= torch.where(there, s, 0).mean() / (s * powers).mean()
+    root = (v * powers) @ v.mT
+    return (root @ d if flat else d @ root).to(delta)
 
 
 def _floored(moment: Tensor) -> Tensor:

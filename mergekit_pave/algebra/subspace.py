@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_pave.algebra.numeric import lower_gram
+
 # Below this size, or with a longer tail than this fraction of it, a full SVD is faster.
 DIRECT_BELOW = 128
 DIRECT_FRACTION = 0.1
@@ -188,7 +190,7 @@ def _reduce(w: Tensor, c: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Ten
 
 def _column_space(w: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`R_w` (in, in) of a tall `W = Q R_w`, and multiplication by `Q`."""
-    lower, failed = torch.linalg.cholesky_ex(_lower_gram(w))
+    lower, failed = torch.linalg.cholesky_ex(lower_gram(w))
     r, pivots = lower.mT, lower.diagonal()
     if not failed and pivots.min() > WELL_CONDITIONED * pivots.max():
         # `W R_w^-1` stays in the column space of W whatever R_w is; the QR only tidies up.
@@ -196,15 +198,6 @@ def _column_space(w: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return r, lambda x: torch.linalg.qr(_thin(w, solve(r, x, upper=True))).Q
     q, r = torch.linalg.qr(w)
     return r, lambda x: q @ x
-
-
-def _lower_gram(w: Tensor, blocks: int = 4) -> Tensor:
-    """The lower triangle of `W^T W` (and some of the upper one), for 5/8 of the work."""
-    width = w.shape[1]
-    gram, step = w.new_zeros(width, width), -(-width // blocks)
-    for i in range(0, width, step):
-        torch.mm(w[:, i:].mT, w[:, i : i + step], out=gram[i:, i : i + step])
-    return gram
 
 
 def _smallest(t: Tensor, count: int, seed: int) -> tuple[Tensor, float, str]:

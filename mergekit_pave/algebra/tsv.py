@@ -15,8 +15,8 @@ replaces U and V by the nearest matrices with orthonormal columns, their polar f
 `X (X^T X)^-1/2`, and merges to `W_0 + lambda U' S V'^T`. TSV-Compress (section 4.1) stores the
 `k` triples of each task instead.
 
-Everything is computed in float64, from the smaller Gram matrix where squaring costs no digits
-that matter: a half to a third of the time of an SVD.
+`merged_change` works in float32 where that carries the leading part (`leading`, `polar`), and
+otherwise in float64, from the smaller Gram matrix where squaring costs no digits that matter.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_pave.algebra.numeric import double
+from mergekit_pave.algebra.leading import LARGE, gram_eigh, leading, strongest
+from mergekit_pave.algebra.numeric import double, rounding, wide
+from mergekit_pave.algebra.polar import polar, single_polar
 
 # Relative to the largest singular value of a delta. Below are rounding errors (an adapter that was
 # merged into a weight in float32 has rank 16, the delta full rank): as directions with the same
 # rights as the others they would only turn those aside. `numeric.rounding` says the same of the
 # weights, and matters where a delta is small beside them.
 ROUNDING = 1e-5
-# Eigenvalue of a Gram matrix over its largest: above, its root has as many digits as an SVD's.
-WELL_CONDITIONED = 1e-7
-# Singular value of a stack over its largest: below, directions of two tasks are the same one, as
-# exactly as float32 can have it. No higher: directions of real tasks come close to each other.
-COINCIDENT = 1e-7
+# Adapters: columns of the block that finds all of a delta of low rank, those of them that must turn
+# out to be empty, and by how much the weakest direction stands out of them.
+FEW, SPARE, GAP = 72, 8, 30.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ def factors(delta: Tensor, count: int, noise: float = 0.0) -> Factors:
     if d.shape[0] < d.shape[1]:
         flipped = factors(d.mT, count, noise)
         return Factors(flipped.v, flipped.s, flipped.u, flipped.blur)
-    values, v = torch.linalg.eigh(d.mT @ d)
+    return _of_low_rank(d, count, noise) or _of_any_rank(d, count, noise)
+
+
+def _of_any_rank(d: Tensor, count: int, noise: float) -> Factors:
+    values, v = gram_eigh(d)
     s = values.flip(0)[:count].clamp_min(0).sqrt()
     there = s[(s > ROUNDING * s[:1]) & (s > noise)]
     blur = noise / there[-1].item() if 0 < len(there) < len(s) else 0.0
@@ -86,22 +90,24 @@ def factors(delta: Tensor, count: int, noise: float = 0.0) -> Factors:
     return Factors(d @ v / there, there, v, blur)
 
 
-def polar(x: Tensor, blur: float = 0.0) -> Tensor:
-    """(n, p) float64: `U V^T` of the singular value decomposition of `x`, Procrustes' solution.
+def _of_low_rank(d: Tensor, count: int, noise: float) -> Factors | None:
+    """The same where all but a few singular values are noise, as an adapter's are.
 
-    Where the columns of `x` are dependent (tasks with the same directions, or more columns than
-    rows) the nearest orthonormal matrix is not unique. The null directions then stay zero
-    instead of being filled arbitrarily: what tasks have in common is shared out among them, and
-    nothing that none of them has is added. Those that differ by less than `blur` are the same, too.
+    `None` where they are not, or where the last of them does not stand out.
     """
-    flat = x.shape[0] < x.shape[1]
-    values, q = torch.linalg.eigh(x @ x.mT if flat else x.mT @ x)
-    if values[0] > max(WELL_CONDITIONED, blur**2) * values[-1]:
-        root = (q * values.rsqrt()) @ q.mT
-        return root @ x if flat else x @ root
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    keep = s > max(COINCIDENT, blur) * s[0]
-    return u[:, keep] @ vh[keep]
+    if d.shape[1] < LARGE:
+        return None
+    block = strongest(d, FEW)
+    floor = max(ROUNDING * block.values[0].item(), noise)
+    rank = int((block.values > floor).sum())
+    if rank > FEW - SPARE or block.values[rank] > floor / 2:
+        return None
+    if rank and block.values[rank - 1] < GAP * block.values[rank]:
+        return None
+    u, s, vh = torch.linalg.svd(block.images[:, :rank], full_matrices=False)
+    kept = min(rank, count)
+    blur = noise / s[-1].item() if 0 < rank < count else 0.0
+    return Factors(u[:, :kept], s[:kept], block.v[:, :rank] @ vh[:kept].mT, blur)
 
 
 def merged_delta(parts: Sequence[Factors]) -> Tensor:
@@ -112,6 +118,46 @@ def merged_delta(parts: Sequence[Factors]) -> Tensor:
     u, v = (
         polar(torch.cat(side, 1), blur) for side in ([p.u for p in parts], [p.v for p in parts]))
     return (u * torch.cat([p.s for p in parts])) @ v.mT
+
+
+def merged_change(
+    base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], count: int
+) -> Tensor:
+    """(out, in) `U' S V'^T` of the weighted changes `w_t (W_t - W_0)`, float32 or float64.
+
+    Args:
+        base: `W_0` (out, in), whose rounding says what is noise.
+        tuned: `W_t`, the same shape each, different from the base.
+        weights: `w_t`, not 0.
+        count: triples that each task keeps.
+    """
+    noise = rounding(base)
+    if wide(base).dtype == torch.float32 and min(base.shape) >= LARGE and base.device.type != "mps":
+        merged = _in_single(base, tuned, weights, count, noise)
+        if merged is not None:
+            return merged
+    origin = double(base)
+    return merged_delta([
+        factors((double(w) - origin) * weight, count, noise * abs(weight))
+        for w, weight in zip(tuned, weights, strict=True)
+    ])
+
+
+def _in_single(
+    base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], count: int, noise: float
+) -> Tensor | None:
+    """`merged_change` in float32; `None` where that cannot tell directions apart."""
+    parts = []
+    for weight, w in zip(weights, tuned, strict=True):
+        part = leading((wide(w) - wide(base)).mul_(weight), count, noise * abs(weight))
+        if part is None:
+            return None
+        parts.append(part)
+    u, v = single_polar([part.u for part in parts]), single_polar([part.v for part in parts])
+    if u is None or v is None:
+        return None
+    blocks = zip(u.split(count, 1), parts, strict=True)
+    return torch.cat([block @ part.core for block, part in blocks], 1) @ v.mT
 
 
 def interference(parts: Sequence[Factors]) -> tuple[float, float]:

@@ -34,9 +34,9 @@ from mergekit.merge_methods import (
 )
 from torch import Tensor
 
-from mergekit_pave.algebra.numeric import double, rounding, wide
+from mergekit_pave.algebra.numeric import double, wide
 from mergekit_pave.algebra.papers import TSV
-from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta
+from mergekit_pave.algebra.tsv import kept_rank, merged_change
 from mergekit_pave.methods.base import check_finite, finite, is_matrix, spec_of
 from mergekit_pave.recipe.parameters import RANK_FRACTION, Number, Parameter
 
@@ -62,7 +62,7 @@ class TaskSingularVectors(GroupMergeMethod):
     A model whose delta is zero in a matrix, or whose `weight` is 0, leaves its share of the rank
     to the others, as if it were absent. A mean counts every model whose weight is not 0.
 
-    Matrices are computed in float64 and means in float32 or better; one cast at the end.
+    Everything is computed in float32 or better; one cast at the end.
     """
 
     spec = MergeMethodSpec(
@@ -97,13 +97,10 @@ def _matrix(
         return base
     for entry in (group.base, *changed):
         check_finite(entry.tensor, entry.id, group.metadata.name)
-    origin, count = double(base), kept_rank(base.shape, len(changed), fraction)
-    noise = rounding(base)
-    parts = [
-        factors((double(entry.tensor) - origin) * weight, count, noise * abs(weight))
-        for entry in changed for weight in (weights[entry.id],)
-    ]
-    return torch.add(origin, merged_delta(parts), alpha=scale).to(base)
+    count = kept_rank(base.shape, len(changed), fraction)
+    merged = merged_change(
+        base, [entry.tensor for entry in changed], [weights[entry.id] for entry in changed], count)
+    return torch.add(double(base), double(merged), alpha=scale).to(base)
 
 
 def _mean(group: TensorGroup, weights: Mapping[Any, float], scale: float) -> Tensor:

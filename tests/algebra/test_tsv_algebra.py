@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 import mergekit_pave
 from mergekit_pave.algebra.numeric import rounding
+from mergekit_pave.algebra.polar import polar
 from mergekit_pave.algebra.tsv import (
     Factors,
     factors,
     interference,
     kept_rank,
     merged_delta,
-    polar,
     singular_task_interference,
 )
 from mergekit_pave.errors import PaveError
