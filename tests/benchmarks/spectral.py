@@ -100,8 +100,9 @@ def rows(name: str, counts: list[int], repeats: int) -> list[dict[str, Any]]:
     for tasks in counts:
         found.append({"shape": name, "tasks": tasks,
                       **compared(deltas[:tasks], decomposed[:tasks], eigen, repeats)})
-        print("{shape:>10} T={tasks}  published {published seconds:7.2f} s   float64 {float64:.2f}   "
-              "tsv_m {tsv_m:.2f}   tsv_regmean {tsv_regmean:.2f}   factorise {factorise:.2f}   errors: published "
+        print("{shape:>10} T={tasks}  published {published seconds:7.2f} s   "
+              "float64 {float64:.2f}   tsv_m {tsv_m:.2f}   tsv_regmean {tsv_regmean:.2f}   "
+              "factorise {factorise:.2f}   errors: published "
               "{error of published:.1e}, tsv_m {error of tsv_m:.1e} ({dtype})".format(**found[-1]),
               flush=True)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_tsv import papers_merge
 
 from mergekit_pave.algebra import tsv
 from mergekit_pave.algebra.leading import gram_eigh, leading, strongest
@@ -66,7 +65,7 @@ def merged(deltas, kept: int, weights=None) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(288, 288), (520, 264), (264, 520)])
 def test_as_exact_as_svds_in_float32(shape, tasks, kind):
     deltas, kept = changes(shape, tasks, kind), min(shape) // tasks
-    truth = papers_merge([d.double().numpy() for d in deltas], kept)
+    truth = published([d.double() for d in deltas], kept)
     found = merged(deltas, kept)
     assert error(found, truth) < 1.5 * error(published(deltas, kept), truth)
     # The squares of what two or three tasks keep of the steep one are too far apart for float32.
@@ -77,7 +76,7 @@ def test_as_exact_as_svds_in_float32(shape, tasks, kind):
 def test_a_cluster_at_the_cut(tasks):
     """Ten singular values 1e-5 apart, five kept: an SVD in float32 loses three digits there."""
     deltas, kept = changes((288, 288), tasks, "cluster"), 288 // tasks
-    truth = papers_merge([d.double().numpy() for d in deltas], kept)
+    truth = published([d.double() for d in deltas], kept)
     assert error(merged(deltas, kept), truth) < error(published(deltas, kept), truth) / 2
 
 
@@ -136,7 +135,7 @@ def test_large_adapters(shape, rank):
     deltas = [torch.randn(shape[0], rank, generator=generator).double()
               @ torch.randn(rank, shape[1], generator=generator).double() for _ in range(3)]
     deltas = [0.01 * d / d.norm() * base.norm() for d in deltas]
-    truth = papers_merge([d.numpy() for d in deltas], rank)
+    truth = published(deltas, rank)
     tuned = [base + d.float() for d in deltas]
     found = tsv.merged_change(base, tuned, [1.0] * 3, 86)
     assert error(found, truth) < 1e-3
@@ -174,7 +173,7 @@ def test_polar_factors_in_float32(shares):
 def test_more_columns_than_rows_are_left_to_float64():
     deltas = changes((256, 256), 3, "flat")
     found = merged(deltas, 200)
-    assert error(found, papers_merge([d.double().numpy() for d in deltas], 200)) < 1e-7
+    assert error(found, published([d.double() for d in deltas], 200)) < 1e-7
 
 
 def test_squares_and_the_strongest_directions():
