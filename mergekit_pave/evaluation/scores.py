@@ -2,8 +2,15 @@
 
 Of a language model: the mean loss of a row's tokens, the mean Kullback-Leibler divergence from the
 expert, and how often both would write the same next token. Of a classifier, under the expert's own
-head: divergence, agreement, and accuracy where the rows have labels. Of any other encoder: the
-squared distance of its last hidden state from the expert's, as a share of that one's square.
+head: divergence, agreement, and accuracy where the rows have labels. Of any other encoder, the
+distance of its last hidden state from the expert's: with `m` and `e` (width,) the means over a
+row's positions, and `c` the mean of `e` over all rows,
+
+    1 - (m - c)(e - c) / (|m - c| |e - c|),
+
+0 where they point the same way. What all texts have in common, most of a hidden state, is taken out
+first; its length, which grows with every fine-tuning and which no head on normalised or scaled
+features sees, does not count.
 
 An expert is run once, and what it said is kept in a compact form: of a distribution over a
 vocabulary, the `TOP` most probable tokens and the probability of all others together. The
@@ -55,13 +62,21 @@ def reference(model: PreTrainedModel, kind: Kind, items: Sequence[Item]) -> Refe
     Returns:
         For each row a dictionary. Language: `top` int64 and `logp` float32, both (positions, k),
         and `rest` float32 (positions,), the log-probability of all other tokens together.
-        Classifier: `logp` float32 (classes,). Encoder: `states` float32 (positions, width).
+        Classifier: `logp` float32 (classes,). Encoder: `state` and `centre` float64 (width,), the
+        mean over positions, and that one's mean over all rows.
     """
     found: Reference = [{}] * len(items)
     for indices, output in _outputs(model, kind, items):
         for i, row in zip(indices, output, strict=True):
-            found[i] = _compact(row) if kind == "language" else (
-                {"logp": row.log_softmax(-1)} if kind == "classifier" else {"states": row})
+            if kind == "language":
+                found[i] = _compact(row)
+            elif kind == "classifier":
+                found[i] = {"logp": row.log_softmax(-1)}
+            else:
+                found[i] = {"state": row.double().mean(0)}
+    if kind == "encoder":
+        centre = torch.stack([row["state"] for row in found]).mean(0)
+        found = [{**row, "centre": centre} for row in found]
     return found
 
 
@@ -175,12 +190,14 @@ def _classifier(
 
 
 def _encoder(states: Tensor, expert: dict[str, Tensor]) -> dict[str, float]:
-    wanted = expert["states"].double()
-    if states.shape != wanted.shape:
+    wanted, centre = expert["state"], expert["centre"]
+    found = states.double().mean(0)
+    if found.shape != wanted.shape:
         raise PaveError(
-            f"The model's last hidden state is {tuple(states.shape)} and the expert's "
-            f"{tuple(wanted.shape)}: they are of different sizes and cannot be compared.")
-    return {"distance": ((states.double() - wanted).square().sum() / wanted.square().sum()).item()}
+            f"The model's last hidden state has {len(found)} features and the expert's "
+            f"{len(wanted)}: they cannot be compared.")
+    cosine = torch.cosine_similarity(found - centre, wanted - centre, dim=0)
+    return {"distance": max(0.0, 1 - cosine.item())}
 
 
 def head_of(model: PreTrainedModel) -> dict[str, Tensor]:
