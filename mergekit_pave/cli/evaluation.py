@@ -140,6 +140,8 @@ def tune_command(config, output, budget, methods, rows, max_tokens, held_out, sp
     wanted, options, resources = _settings(
         rows, max_tokens, held_out, split, None, base, device, max_memory, lora_merge_cache,
         transformers_cache, trust_remote_code)
+    if output.resolve() == config.resolve():
+        raise PaveError(f"{output} is the configuration itself; name another file for the result.")
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     try:
         found = tune(read_configuration(config), output, wanted, options, resources,
