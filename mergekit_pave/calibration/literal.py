@@ -51,6 +51,13 @@ def literal(path: Path, links: Path) -> Path:
     return target if path.is_dir() else target / _plain(path.name)
 
 
+def literal_url(url: str) -> str:
+    """A web address without the letters of a pattern, which `datasets` would try to match."""
+    if not re.match(r"https?://", url, re.IGNORECASE):
+        return url
+    return re.sub(r"[*\[\]]", lambda letter: f"%{ord(letter[0]):02X}", url)
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Every file below the folder, by its relative name."""
     root = folder.resolve()

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mergekit_pave.calibration.faults import LOCAL_FILE, explained
-from mergekit_pave.calibration.literal import literal
+from mergekit_pave.calibration.literal import literal, literal_url
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import _builder, local_path
 from mergekit_pave.recipe.parameters import GENERATED, PARAMETERS, CalibrationSpec
@@ -262,8 +262,9 @@ def _open_hub(spec: CalibrationSpec) -> Any:
     import datasets
 
     if "://" in spec.dataset:
-        name, options = _builder(Path(urlsplit(spec.dataset).path)) or (spec.dataset, {})
-        return datasets.load_dataset(name, data_files=spec.dataset, split=spec.split, **options)
+        url = literal_url(spec.dataset)
+        name, options = _builder(Path(urlsplit(url).path)) or (url, {})
+        return datasets.load_dataset(name, data_files=url, split=spec.split, **options)
     builder = datasets.load_dataset_builder(spec.dataset, spec.config)
     size = builder.info.download_size
     small = size is not None and size <= STREAM_ABOVE

@@ -71,7 +71,7 @@ def load_samples(
         "revision": revision or "main", "trust_remote_code": trust_remote_code,
         "cache_dir": cache_dir}
     encoder = _encoder(rows, str(model_path), config, loading)
-    items, indices, skipped = _encode(rows, encoder)
+    items, indices, skipped = _encode(rows, encoder, name_of(str(model_path)))
     _show(items[0], encoder)
     return make_samples(items, spec, _notes(rows, encoder, indices, skipped))
 
@@ -159,7 +159,7 @@ def _image_encoder(
 
 
 def _encode(
-    rows: Rows, encoder: TextEncoder | ImageEncoder
+    rows: Rows, encoder: TextEncoder | ImageEncoder, model: str
 ) -> tuple[list[dict[str, Tensor]], list[int | None], Counter[str]]:
     """The first `num_samples` usable rows of the draw, their indices, and the others' faults.
 
@@ -188,7 +188,7 @@ def _encode(
         raise PaveError(
             f"calibration_dataset {rows.spec.dataset!r} has no usable row in text_column "
             f"{', '.join(rows.columns)!r} ({_reasons(skipped, details)}); name data that has some.")
-    _report(rows.spec, len(items), skipped, details)
+    _report(rows.spec, model, len(items), skipped, details)
     return items, indices, skipped
 
 
@@ -200,14 +200,14 @@ def _reasons(skipped: Counter[str], details: dict[str, str]) -> str:
 
 
 def _report(
-    spec: CalibrationSpec, used: int, skipped: Counter[str], details: dict[str, str]
+    spec: CalibrationSpec, model: str, used: int, skipped: Counter[str], details: dict[str, str]
 ) -> None:
     if used < spec.num_samples:
         logger.warning(
-            "%s has %d usable rows, fewer than num_calibration_samples %d; using all of them.",
-            spec.dataset, used, spec.num_samples)
+            "%s: %s has %d usable rows, fewer than num_calibration_samples %d; using all of them.",
+            model, spec.dataset, used, spec.num_samples)
     if skipped.total() > 0.01 * used:
-        logger.warning("Skipped %d of the %d rows drawn from %s (%s).", skipped.total(),
+        logger.warning("%s: skipped %d of the %d rows drawn from %s (%s).", model, skipped.total(),
                        used + skipped.total(), spec.dataset, _reasons(skipped, details))
 
 

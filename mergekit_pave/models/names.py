@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.request import url2pathname
 
 import yaml
 
@@ -21,7 +22,12 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def local_path(source: str) -> Path | None:
-    """The path that `source` means, whether or not it exists; `None` for a Hub id or a URL."""
+    """The path that `source` means, whether or not it exists; `None` for a Hub id or a URL.
+
+    `file:///data/rows%5B1%5D.jsonl` is a path as a URI.
+    """
+    if source.lower().startswith("file:///"):
+        return Path(url2pathname(source[len("file://"):]))
     path = Path(os.path.expanduser(source))
     looks_local = (
         source.startswith((".", "~", "/")) or path.is_absolute() or source.count("/") > 1

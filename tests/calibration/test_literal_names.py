@@ -10,6 +10,7 @@ import datasets
 import pytest
 from helpers import write_images
 
+from mergekit_pave.calibration.literal import literal_url
 from mergekit_pave.calibration.rows import open_rows
 from mergekit_pave.recipe.parameters import CalibrationSpec
 
@@ -82,6 +83,18 @@ def test_a_file_that_changed_is_read_again(tmp_path):
     assert words(folder) == {"first"}
     write_rows(folder / "rows.jsonl", "other")
     assert words(folder) == {"other"}
+
+
+@pytest.mark.parametrize("name, other", NAMES)
+def test_a_file_by_its_uri(tmp_path, name, other):
+    write_rows(tmp_path / f"{other}.jsonl", "OTHER")
+    spec = CalibrationSpec(write_rows(tmp_path / f"{name}.jsonl", "mine").as_uri())
+    assert {row["text"].split()[0] for _, row in open_rows(spec).draw()} == {"mine"}
+
+
+def test_addresses_hold_no_patterns():
+    assert literal_url("https://host/a[1]*.jsonl?x=1") == "https://host/a%5B1%5D%2A.jsonl?x=1"
+    assert literal_url("hf://datasets/a/b/part*.jsonl") == "hf://datasets/a/b/part*.jsonl"
 
 
 def test_images_of_a_folder_with_such_a_name(tmp_path):

@@ -166,11 +166,11 @@ def test_an_endless_stream_is_given_up_when_nothing_usable_comes(monkeypatch, us
         return row
 
     if usable:
-        items, indices, skipped = sampling._encode(rows, encoder)
+        items, indices, skipped = sampling._encode(rows, encoder, "m")
         assert len(items) == len(indices) == usable and skipped == {"empty": 50}
     else:
         with pytest.raises(PaveError, match="empty: 50"):
-            sampling._encode(rows, encoder)
+            sampling._encode(rows, encoder, "m")
     assert stream.read == usable + 50
 
 
@@ -186,7 +186,7 @@ def test_rows_of_a_finite_dataset_are_all_tried(monkeypatch):
             raise SkipRow("empty")
         return row
 
-    assert len(sampling._encode(kept, encoder)[0]) == 2
+    assert len(sampling._encode(kept, encoder, "m")[0]) == 2
 
 
 # Folders of unlike files
