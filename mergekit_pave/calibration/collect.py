@@ -146,7 +146,7 @@ def plan_sites(
 
     if batch is not None:
         with watching(modules, see):
-            forward(model, batch, device)
+            _try(model, batch, device)
     plans = []
     for group in groups:
         # A layer that runs several times per pass reads several tensors: it shares with none.
@@ -154,6 +154,23 @@ def plan_sites(
         plans += [SitePlan(tuple(p), _width(modules[p[0]]), calls[p[0]]) for p in parts]
     unreached = [name for name in modules if name not in calls]
     return plans + [SitePlan((name,), _width(modules[name]), 0) for name in unreached]
+
+
+def _try(model: PreTrainedModel, batch: Batch, device: torch.device | None) -> None:
+    """The first pass of all, which shows whether the model runs on such data.
+
+    Raises:
+        PaveError: it does not, as one that needs an input which no data of ours has.
+    """
+    try:
+        forward(model, batch, device)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise PaveError(
+            f"A {type(model).__name__} does not run on {' and '.join(batch)} alone "
+            f"({type(error).__name__}: {reason}); give this model a `covariance` store, or use "
+            "`calibration_dataset: none`."
+        ) from error
 
 
 def _width(module: nn.Module) -> int:

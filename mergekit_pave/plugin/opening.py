@@ -44,7 +44,8 @@ def open_state(
     stores: dict[tuple[Hashable, CovarianceSource], CovarianceStore] = {}
     needed = [entry for entry in entries if entry.calibrated]
     device = torch.device(options.device or "cpu")
-    for entry in (bar := tqdm(needed, desc="Covariances", unit="model", disable=options.quiet)):
+    silent = options.quiet or not needed
+    for entry in (bar := tqdm(needed, desc="Covariances", unit="model", disable=silent)):
         bar.set_postfix_str(name_of(entry.model.model.path))
         source = covariance_source(entry)
         model = model_source(entry.model, loading)

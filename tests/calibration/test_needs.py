@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as hf
 import yaml
 from helpers import write_images, write_texts
@@ -13,9 +14,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_pave.calibration.collect import plan_sites
 from mergekit_pave.calibration.needs import missing_input
 from mergekit_pave.calibration.samples import load_samples
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.layers import linear_layers
 from mergekit_pave.recipe.parameters import CalibrationSpec
 
 TEXT = dict(vocab_size=94, num_hidden_layers=2, num_attention_heads=4, hidden_size=32,
@@ -91,3 +94,13 @@ def test_a_merge_of_them_is_refused_before_it_begins(tmp_path):
                   MergeOptions(quiet=True), yaml.safe_dump(raw))
     assert not Path(tmp_path / "out" / "model.safetensors").exists()
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "siglip"
+
+
+def test_a_model_that_does_not_run_on_the_data_says_so(tmp_path):
+    """Whatever else it needs: here the first pass itself finds it out."""
+    model = hf.BlipForImageTextRetrieval(blip("BlipForImageTextRetrieval"))
+    layers = linear_layers(model).modules
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(PaveError, match="BlipForImageTextRetrieval does not run on input_ids alone "
+                                        r"\(TypeError: .*pixel_values.*`covariance` store"):
+        plan_sites(model, layers, {"input_ids": ids})
