@@ -164,7 +164,7 @@ class TextEncoder:
             raise SkipRow("refused by the chat template", str(error)) from error
         except Exception as error:
             raise PaveError(
-                f"the chat template of {self.model} cannot format text_column {column!r} "
+                f"The chat template of {self.model} cannot format text_column {column!r} "
                 f"({type(error).__name__}: {error}); the row is {shape(messages)}.") from error
         # The template writes the special tokens itself, the first one included.
         return self._tokenize(self._text(text), add_special_tokens=False)
@@ -200,7 +200,7 @@ class TextEncoder:
             smallest, largest = (pick(inputs.get(name) or [0]) for pick in (min, max))
             if smallest < 0:
                 raise PaveError(
-                    f"the rows for {self.model} hold the token id {smallest}; where that is "
+                    f"The rows for {self.model} hold the token id {smallest}; where that is "
                     "padding, say so in a column attention_mask, or take it out.")
             if rows is not None and largest >= rows:
                 source = (
@@ -234,7 +234,7 @@ class ImageEncoder:
             raise SkipRow("refused by the image processor", str(error)) from error
         if pixels.dim() != 4 or len(pixels) != 1:
             raise PaveError(
-                f"the image processor of {self.model} cuts an image into {tuple(pixels.shape)}, "
+                f"The image processor of {self.model} cuts an image into {tuple(pixels.shape)}, "
                 "which is not supported; give this model a `covariance` store or text data.")
         return {"pixel_values": pixels[0]}
 

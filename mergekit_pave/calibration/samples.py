@@ -267,7 +267,7 @@ def load_tokenizer(model: str, loading: dict[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model, **loading)
     except Exception as error:
         raise PaveError(
-            f"no tokenizer could be loaded for {model} ({_first_line(error)}); {mend}."
+            f"No tokenizer could be loaded for {model} ({_first_line(error)}); {mend}."
         ) from error
     # Without files transformers returns an empty tokenizer, which maps every text to `unk`.
     names = set((getattr(type(tokenizer), "vocab_files_names", None) or {}).values())
@@ -288,7 +288,7 @@ def load_image_processor(model: str, column: str, loading: dict[str, Any]) -> An
         import PIL.Image  # noqa: F401
     except ImportError as error:
         raise PaveError(
-            f"the calibration data of {model} are images, which need Pillow; run "
+            f"The calibration data of {model} are images, which need Pillow; run "
             "`pip install mergekit-pave[vision]`.") from error
     try:
         processor = AutoImageProcessor.from_pretrained(model, **loading)

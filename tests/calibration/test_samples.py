@@ -230,7 +230,7 @@ def test_loading_options_reach_the_library(load, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", spy)
     file = tmp_path / "a.txt"
     file.write_text("w1 w2\n")
-    with pytest.raises(PaveError, match="no tokenizer could be loaded for org/model \\(gated\\)"):
+    with pytest.raises(PaveError, match="No tokenizer could be loaded for org/model \\(gated\\)"):
         load_samples(CalibrationSpec(str(file)), "org/model", llama(), revision="abc",
                      trust_remote_code=True, cache_dir=tmp_path)
     assert seen == {"path": "org/model", "revision": "abc", "trust_remote_code": True,
