@@ -1,16 +1,17 @@
 """The stock command at the sizes of real models: what each method costs beside `ties`.
 
     OMP_NUM_THREADS=1 nice python tests/benchmarks/real_size.py [--layers 24] [--fit-only]
-        [--rows 64] [--json PATH]
+        [--vocabulary 32000] [--rows 16] [--json PATH]
 
 Generated Llama-shaped families, a base and two fine-tunes in bfloat16 shards: two small ones
 (512 and 1024 wide) and a large one with the shapes of a 1.5 B model (2048 wide, 5632 inside,
-32,000 words), of which `--layers` says how many. Every run is a subprocess of the stock command,
-with the models dropped from the page cache before it.
+32,000 words), of which `--layers` says how many. Every run is the stock command's own function in a
+fork of a process that has made its imports, with the models dropped from the page cache before it;
+`start` is the command with `--help`, which every run costs besides.
 
-The seconds that a method needs are modelled as
+The seconds that a method needs besides are modelled as
 
-    start + per_parameter * parameters + per_operation * operations
+    per_parameter * parameters + per_operation * operations
 
 with one operation for each `out * in * min(out, in)` of a linear layer: what reads, casts and adds
 grows with the first, what factorises with the second. Both rates come from the two small
@@ -23,18 +24,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import yaml
-from generated import Cost, Shape, cost_of, forget, write_data, write_model
+from generated import Cost, Shape, cost_of, cost_of_call, forget, write_data, write_model
+from mergekit.scripts.run_yaml import main as merge
+
+from mergekit_pave.cli import main as pave
 
 YAML = Path(sys.executable).with_name("mergekit-yaml")
-SMALL = (Shape(512, 1408, 128, 4, 4_000), Shape(1024, 2816, 256, 3, 4_000))
+SMALL = (Shape(512, 1408, 128, 2, 4_000), Shape(1024, 2816, 256, 1, 4_000))
 LENGTH = 64
 LLAMA = {
     "7B": Shape(4096, 11008, 4096, 32, 32_000), "70B": Shape(8192, 28672, 1024, 80, 128_256)}
@@ -78,22 +84,21 @@ def measure(shape: Shape, rows: int, folder: Path) -> dict[str, Cost]:
     out, cache = folder / "out", folder / "cache"
     found: dict[str, Cost] = {}
 
-    def run(name: str, *command: object, keep: bool = False) -> None:
+    def run(name: str, main: Callable, *arguments: object, keep: bool = False) -> None:
         if not keep:
             shutil.rmtree(cache, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
         forget(*models)
-        found[name], _ = cost_of(list(command), {
-            "MERGEKIT_PAVE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
+        words = [str(argument) for argument in arguments]
+        found[name] = cost_of_call(lambda: main(words, standalone_mode=False))
         sys.stderr.write(f"{shape.width} x {shape.layers}: {name} {found[name]}\n")
 
-    run("start", YAML, "--help")
+    os.environ["MERGEKIT_PAVE_CACHE"] = str(cache)
     for model in models[1:]:
-        run("calibrate", sys.executable, "-m", "mergekit_pave", "calibrate", model, "--dataset",
-            data, "-o", f"{model}-store")
+        run("calibrate", pave, "calibrate", model, "--dataset", data, "-o", f"{model}-store")
     for method in METHODS:
-        run(method, YAML, config(folder, method), out, "--quiet")
-    run("pave_ties, again", YAML, config(folder, "pave_ties"), out, "--quiet", keep=True)
+        run(method, merge, config(folder, method), out, "--quiet")
+    run("pave_ties, again", merge, config(folder, "pave_ties"), out, "--quiet", keep=True)
     return found
 
 
@@ -103,8 +108,7 @@ def rates(families: list[tuple[Shape, dict[str, Cost]]], name: str) -> tuple[flo
 
     rows, right = [], []
     for shape, costs in families:
-        seconds = max(0.1, costs[name].cpu - costs["start"].cpu)
-        rows.append([value / seconds for value in features(shape)])
+        rows.append([value / costs[name].cpu for value in features(shape)])
         right.append(1.0)
     matrix = np.array(rows)
     scale = matrix.max(0)
@@ -112,26 +116,24 @@ def rates(families: list[tuple[Shape, dict[str, Cost]]], name: str) -> tuple[flo
     return tuple((solution / scale).tolist())
 
 
-def predicted(shape: Shape, start: float, rate: tuple[float, float]) -> float:
-    return start + float(np.dot(features(shape), rate))
+def predicted(shape: Shape, rate: tuple[float, float]) -> float:
+    return float(np.dot(features(shape), rate))
 
 
-def report(families: list[tuple[Shape, dict[str, Cost]]], rows: int) -> dict:
+def report(families: list[tuple[Shape, dict[str, Cost]]], rows: int, start: Cost) -> dict:
     small, large = families[: len(SMALL)], families[len(SMALL):]
-    names = [name for name in families[0][1] if name != "start"]
-    result: dict = {"tokens": rows * LENGTH, "families": [
+    names = list(families[0][1])
+    result: dict = {"tokens": rows * LENGTH, "start": asdict(start), "families": [
         {"shape": asdict(shape), "parameters": shape.parameters,
          "costs": {name: asdict(cost) for name, cost in costs.items()},
          "ratios to ties": {n: costs[n].ratios(costs["ties"]) for n in names}}
         for shape, costs in families]}
     for shape, costs in large:
-        start = costs["start"].cpu
         result["cpu seconds of the large family, predicted / measured"] = {
-            name: predicted(shape, start, rates(small, name)) / costs[name].cpu for name in names}
+            name: predicted(shape, rates(small, name)) / costs[name].cpu for name in names}
     result["seconds per parameter and per operation"] = {n: rates(families, n) for n in names}
-    start = families[-1][1]["start"].cpu
     result["cpu hours predicted"] = {
-        size: {name: predicted(shape, start, rates(families, name)) / 3600 for name in names}
+        size: {name: predicted(shape, rates(families, name)) / 3600 for name in names}
         for size, shape in LLAMA.items()}
     return result
 
@@ -153,15 +155,19 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--fit-only", action="store_true", help="the small families alone")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    start, _ = cost_of([YAML, "--help"])
+    large = Shape(layers=options.layers, vocabulary=options.vocabulary)
     families = []
-    for shape in (*SMALL, *([] if options.fit_only else [Shape(layers=options.layers)])):
+    for shape in (*SMALL, *([] if options.fit_only else [large])):
         with tempfile.TemporaryDirectory() as folder:
             families.append((shape, measure(shape, options.rows, Path(folder))))
-        result = report(families, options.rows) if len(families) >= len(SMALL) else {}
+        result = report(families, options.rows, start) if len(families) >= len(SMALL) else {}
         if options.json and result:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +226,16 @@ def test_states_beyond_their_room_lie_in_files_that_go_with_them(tmp_path):
     assert torch.equal(states.get(two)["more"], y)
     del one, two
     assert states.used == 0 and not list((tmp_path / "states").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_large_model_is_read_less_than_by_windows(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "blocks.py"
+    subprocess.run([sys.executable, script, "--json", tmp_path / "f.json"], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["weights read, windows / blocks"] > 3
+    assert figures["cpu, windows / blocks"] > 1.6
+    assert figures["peak, windows / blocks"] > 0.95
+    assert figures["largest difference"] < 1e-6
