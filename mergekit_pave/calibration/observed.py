@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,15 +82,16 @@ def observed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Obs
         for handle in handles:
             handle.remove()
     taken: list[str] = []
+    calls = Counter(order)
     for name in lists:
         own = [f"{name}.{i}" for i in range(len(model.get_submodule(name)))]
         inner = any(name.startswith(outer + ".") for outer in taken)
-        once = all(order.count(n) == 1 and inputs[n] and outputs.get(n) for n in own)
+        once = all(calls[n] == 1 and inputs[n] and outputs.get(n) for n in own)
         if len(own) > 1 and once and not inner:
             taken.append(name)
     blocks = [name for name in order if name.rpartition(".")[0] in taken]
     within = {
-        layer: {next((b for b in calls if b in blocks), None) for calls in stacks}
+        layer: {next((b for b in inside if b in blocks), None) for inside in stacks}
         for layer, stacks in layers.items()}
     if blocks and all(len(places) == 1 for places in within.values()):
         found.blocks, found.within = tuple(blocks), within

@@ -106,7 +106,7 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
               help="As you will give it to mergekit-yaml.")
 def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow_crimes,
           unsafe_truncate_embeddings) -> None:
-    """Say what is wrong with a merge before anything large is downloaded or run.
+    """Say what is wrong with a merge before anything large is downloaded or run, and what it costs.
 
     Reads the configuration, the models' configs and the calibration data. Exits with 1 when
     the merge could not work.
@@ -118,6 +118,7 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
     register()
     from mergekit_pave.calibration.estimate import estimates
     from mergekit_pave.check import check as run_check
+    from mergekit_pave.check.cost import costs
     from mergekit_pave.check.models import Allowances
     from mergekit_pave.models.source import LoaderOptions
     from mergekit_pave.recipe.reading import read_yaml
@@ -133,7 +134,7 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
         click.echo(f"{finding.level}: {finding}", err=True)
     if any(finding.level == "error" for finding in findings):
         sys.exit(1)
-    for line in estimates(raw, options):
+    for line in (*estimates(raw, options), *costs(raw, options)):
         click.echo(line)
     said = f"{len(findings)} warning{'s' * (len(findings) > 1)}, and no error"
     click.echo(f"{config}: {said if findings else 'nothing wrong'} found.")
