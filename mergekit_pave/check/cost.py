@@ -24,6 +24,11 @@ from mergekit_pave.recipe.reading import configuration
 
 # Seconds of one core per parameter and per operation.
 RATES = {
+    "ties": (1.3e-07, 4.4e-11),
+    "tsv_m": (6.8e-08, 2.4e-10),
+    "regmean": (6.7e-08, 1.6e-10),
+    "tsv_regmean": (1.3e-07, 5.1e-10),
+    "pave_ties": (2.5e-07, 2.3e-10),
 }
 # Seconds of one core for a product of two float32 matrices of 512 x 512, where these were taken.
 _PRODUCT = 1.45e-3
@@ -64,7 +69,7 @@ def costs(raw: Any, options: LoaderOptions) -> Iterator[str]:
     written = size.parameters * (out.itemsize if out else size.bytes)
     yield (
         f"{method}: {_time(seconds)} of one core of this machine besides calibrating and "
-        f"start-up, {read / 2**30:.2f} GiB to read, {written / 2**30:.2f} GiB to write.")
+        f"start-up, {_bytes(read)} to read, {_bytes(written)} to write.")
 
 
 def seconds_of(method: str, size: Size, models: int) -> float:
@@ -94,3 +99,7 @@ def _time(seconds: float) -> str:
         return "less than a minute"
     minutes = seconds / 60
     return f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size > 2**30 / 10 else f"{size / 2**20:.1f} MiB"
