@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,13 @@ from mergekit_pave.calibration.samples import Samples, load_tokenizer, make_samp
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import ModelSource, culprit
 from mergekit_pave.recipe.parameters import GENERATED, CalibrationSpec
-from mergekit_pave.storage.files import cache_folder, locked, make_folder, write_atomically
+from mergekit_pave.storage.files import (
+    cache_folder,
+    locked,
+    make_folder,
+    scratch,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 # Stands for the user's words in a chat template; no space, or the template might trim it.
@@ -265,9 +270,9 @@ def _rows(
     with locked(folder / f"{key}.lock"):
         if (kept := _read(path)) is not None:
             return kept
-        rows = _generate(source, spec, form, length, resources, folder / f".offload-{key}")
-        text = json.dumps({"request": request, "rows": rows})
-        write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+        with scratch(folder) as offloaded:
+            rows = _generate(source, spec, form, length, resources, offloaded)
+        write_text(path, json.dumps({"request": request, "rows": rows}))
     return rows
 
 
@@ -283,17 +288,16 @@ def _read(path: Path) -> list[list[int]] | None:
 
 def _generate(
     source: ModelSource, spec: CalibrationSpec, form: Form, length: int, resources: Resources,
-    scratch: Path,
+    offloaded: Path,
 ) -> list[list[int]]:
     try:
         return write_rows(
             load_model(source, device=resources.device, max_memory=resources.max_memory,
-                       scratch=scratch),
+                       scratch=offloaded),
             form, spec.num_samples, length, spec.seed, spec.batch_size, source.label)
     except NotFinite as error:
         raise PaveError(culprit(source) or f"{source.label}: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
         _release(resources.device)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,8 +27,15 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import LinearLayers, linear_layers
 from mergekit_pave.models.source import ModelSource, culprit
 from mergekit_pave.recipe.parameters import CalibrationSpec
-from mergekit_pave.storage.covariances import FORMAT, MANIFEST, CovarianceStore, StoreWriter
-from mergekit_pave.storage.files import locked, make_folder, write_atomically
+from mergekit_pave.storage.archive import MANIFEST
+from mergekit_pave.storage.covariances import (
+    FINGERPRINTS,
+    FORMAT,
+    CovarianceStore,
+    StoreWriter,
+    windows_in,
+)
+from mergekit_pave.storage.files import locked, make_folder, scratch, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,19 +112,19 @@ def calibrate(
     """
     begun = {"model": identity, "data": samples.digest, "format": FORMAT}
     resources = workers.limit(resources)
-    scratch = folder / f".offload-{workers.rank}"
     with ExitStack() as made:
-        made.callback(shutil.rmtree, scratch, ignore_errors=True)
         with workers.together():
             writer = _begin(folder, begun) if workers.main else None
         with workers.together():
+            make_folder(folder)  # of another machine
+            offloaded = made.enter_context(scratch(folder))
             model = load_model(source, device=resources.device, max_memory=resources.max_memory,
-                               scratch=scratch)
+                               scratch=offloaded)
             layers = linear_layers(model)
             if not layers.modules:
                 raise PaveError(f"{source.label} has no linear layer that could be purified.")
         sites, entries = _collect(source, model, layers, samples, resources, batch_size, writer,
-                                  workers, scratch)
+                                  workers, offloaded)
         if writer is None:
             return None
         return finish(writer, source, samples, layers, sites, entries, identity)
@@ -203,7 +209,7 @@ def _collect(
     batch_size: int,
     writer: StoreWriter | None,
     workers: Workers,
-    scratch: Path,
+    folder: Path,
 ) -> tuple[list[SitePlan], dict[str, Entry]]:
     """Have the main process's `writer` hold the covariances of all sites.
 
@@ -220,7 +226,7 @@ def _collect(
     with bar as progress:
         collector = _Collector(source, model, layers, work, writer, workers, progress)
         if plan.blocks:
-            states, entries = States(int(budget * STATES), scratch / "states"), {}
+            states, entries = States(int(budget * STATES), folder / "states"), {}
             if collector.through_blocks(plan, states, entries):
                 return plan.sites, entries
             logger.info("%s does not run block by block; its windows cost a pass each.",
@@ -235,13 +241,17 @@ def _collect(
 def _begin(folder: Path, begun: dict[str, Any]) -> StoreWriter:
     """Mark `folder` as this calibration's, or refuse one that another has begun."""
     make_folder(folder)
-    path = folder / "calibration.json"
-    if path.exists() and path.read_text("utf-8") not in ("", json.dumps(begun)):
+    path, run = folder / "calibration.json", json.dumps(begun)
+    marked = path.exists()
+    if marked and path.read_bytes() not in (b"", run.encode()):
         raise PaveError(
             f"{folder} holds an unfinished calibration of another model or other data; delete "
             "it or choose another folder."
         )
-    write_atomically(path, lambda file: file.write_text(json.dumps(begun), "utf-8"))
-    for left in folder.glob(".offload-*"):  # by processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
-    return StoreWriter(folder)
+    theirs = [file.name for file in (*windows_in(folder), folder / FINGERPRINTS) if file.exists()]
+    if theirs and not marked:
+        raise PaveError(
+            f"{folder} holds {theirs[0]}, which is not of this calibration; choose another folder."
+        )
+    write_text(path, run)
+    return StoreWriter(folder, run)

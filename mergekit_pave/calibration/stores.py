@@ -17,7 +17,8 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import _NOT_THERE, LoaderOptions, ModelSource, model_source
 from mergekit_pave.recipe.parameters import CalibrationSpec, CovarianceSource
 from mergekit_pave.recipe.reading import model_reference
-from mergekit_pave.storage.covariances import FINGERPRINTS, FORMAT, MANIFEST, CovarianceStore
+from mergekit_pave.storage.archive import MANIFEST
+from mergekit_pave.storage.covariances import FINGERPRINTS, FORMAT, CovarianceStore
 from mergekit_pave.storage.files import cache_folder, locked, make_folder
 
 

@@ -167,12 +167,11 @@ class MergeState:
         found = store.find(name, tensor)
         if found is not None:
             weight = store.weights[found]
-            site = store.sites[weight.site]
             return Layer(
                 found,
                 weight.transposed,
                 partial(store.covariance, weight.site),
-                f"{site.width}|{site.count}|{site.crc32}",
+                store.identity(weight.site),
             )
         if name and store.namesake(name, tuple(tensor.shape)):
             raise PaveError(

@@ -268,7 +268,8 @@ def _tail(
     named = participant.tensor if how.purify == "weight" else matrix
     written = f"{how.dampening_frac}|{how.regularization}"
     name = decompositions.address(layer.identity, named, layer.transposed, written)
-    return decompositions.remembered(cache_folder() / "tails", name, count, compute)
+    return decompositions.remembered(
+        cache_folder() / "decompositions", name, count, named.dtype, compute)
 
 
 def _unusable(participant: Participant, error: Exception) -> PaveError:

@@ -51,8 +51,22 @@ def is_local(path: str) -> bool:
 
 
 def name_of(path: str) -> str:
-    """A Hub id or URL as it is; a local path's last part, `local` where that is a user's name."""
-    return last_part(path) if is_local(path) else path
+    """A Hub id as it is; a URL without what may be secret in it; a local path's last part, `local`
+    where that is a user's name."""
+    return last_part(path) if is_local(path) else _without_secrets(path)
+
+
+def _without_secrets(source: str) -> str:
+    """A URL, or a chain of them, without user, password, query and fragment."""
+    parts = []
+    for url in source.split("::"):
+        scheme, mark, rest = url.partition("://")
+        if mark:
+            host, slash, path = rest.partition("/")
+            host, path = (re.split("[?#]", part)[0] for part in (host.rpartition("@")[2], path))
+            url = f"{scheme}://{host}{slash}{path}"
+        parts.append(url)
+    return "::".join(parts)
 
 
 def last_part(path: str) -> str:

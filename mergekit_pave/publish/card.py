@@ -28,7 +28,7 @@ from mergekit_pave.recipe.inputs import inputs, purifies, unwrapped
 from mergekit_pave.recipe.parameters import DATA_FREE, DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS
 from mergekit_pave.recipe.reading import CONFIGURATION, configuration
 from mergekit_pave.recipe.spelling import is_ours, our_method
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.files import write_text
 
 CARD = "README.md"
 # Of `mergekit-pave report`, written into the model's folder or one inside it.
@@ -80,9 +80,8 @@ def write_card(folder: Path | str) -> str:
     # The configuration comes last: it tells a second run which paths the card may still hold.
     if not known:
         record.write(folder, facts)
-    write_atomically(folder / CARD, lambda path: path.write_text(text, "utf-8"))
-    source_file = folder / CONFIGURATION
-    write_atomically(source_file, lambda path: path.write_text(clean_source, "utf-8"))
+    write_text(folder / CARD, text)
+    write_text(folder / CONFIGURATION, clean_source)
     return text
 
 

@@ -3,37 +3,72 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+import click
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished
-from mergekit_pave.publish.card import CARD, write_card
+from mergekit_pave.models.folder import check_finished, companions
+from mergekit_pave.publish import record
+from mergekit_pave.publish.card import CARD, FIGURES, write_card
 from mergekit_pave.publish.store_card import store_card
-from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore
-from mergekit_pave.storage.files import write_atomically
-
-# Nothing hidden, nothing half-written.
-NOT_PUBLISHED = [".*", "*/.*", "*.tmp", "*.lock", "__pycache__/*"]
+from mergekit_pave.recipe.reading import CONFIGURATION
+from mergekit_pave.storage import masks
+from mergekit_pave.storage.archive import inside
+from mergekit_pave.storage.covariances import CovarianceStore
+from mergekit_pave.storage.files import write_text
 
 
 def push_merge(
     folder: Path | str, repo_id: str, *, private: bool = False, token: str | None = None
 ) -> str:
-    """Complete the card of the merge in `folder`, upload it all, return the repository's URL.
+    """Complete the card of the merge in `folder`, upload it, return the repository's URL.
+
+    Only `merge_files` are uploaded; they are listed on standard error before it begins.
 
     Raises:
         PaveError: no finished merge, a bad repository id, nobody logged in, a failed upload.
     """
     folder = Path(folder)
     token = check_target(repo_id, token)
-    check_finished(folder)
+    merge_files(folder)  # nothing is read through a link for the card, either
     write_card(folder)
     again = f"mergekit-pave card {folder} --push {repo_id}"
-    return _upload(folder, repo_id, "model", private, token, again, ignore_patterns=NOT_PUBLISHED)
+    return _upload(folder, merge_files(folder), repo_id, "model", private, token, again)
+
+
+def merge_files(folder: Path) -> list[str]:
+    """What of a merge's folder is published: weights that are whole, config, tokenizer, card,
+    configuration, record and task masks.
+
+    Raises:
+        PaveError: the merge is not finished, or a file of it is a link that leads elsewhere.
+    """
+    names = [*check_finished(folder), *companions(folder)]
+    if "auto_map" not in (folder / "config.json").read_text("utf-8"):
+        names = [name for name in names if not name.endswith(".py")]
+    card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
+    own = (CARD, CONFIGURATION, record.NAME, *(name for name in FIGURES if f"({name})" in card))
+    names += [name for name in own if (folder / name).is_file()]
+    facts = record.read(folder)
+    emr = facts is not None and facts["merge_method"] in ("emr", "pave_emr")
+    if emr or masks.files(folder):
+        names += [f"{masks.FOLDER}/{name}" for name in masks.TaskMasks(folder).files]
+    return _within(folder, names)
+
+
+def _within(folder: Path, names: Iterable[str]) -> list[str]:
+    """The names, none twice; raises `PaveError` for a link that leads out of the folder."""
+    try:
+        return [name for name in dict.fromkeys(names) if inside(folder, name)]
+    except ValueError as error:
+        raise PaveError(
+            f"Nothing is uploaded: in {folder} {error}; put a copy there, in place of the link."
+        ) from error
 
 
 def push_store(
@@ -41,7 +76,9 @@ def push_store(
 ) -> str:
     """Upload the covariance store in `folder` as a data set; return the repository's URL.
 
-    A README.md that was edited, to say a licence perhaps, is published as it is.
+    Only its manifest, the files that this names, and README.md are uploaded; they are listed on
+    standard error before it begins. A README.md that was edited, to say a licence perhaps, is
+    published as it is.
 
     Raises:
         PaveError: no complete store, a bad repository id, nobody logged in, a failed upload.
@@ -51,10 +88,10 @@ def push_store(
     card = store.folder / CARD
     text = store_card(store, repo_id)
     if not card.exists() or _is_unedited(card.read_text("utf-8"), store):
-        write_atomically(card, lambda path: path.write_text(text, "utf-8"))
-    files = [CARD, MANIFEST, "*.safetensors"]
+        write_text(card, text)
+    names = _within(store.folder, [CARD, *store.files])
     again = f"mergekit-pave publish {store.folder} {repo_id}"
-    return _upload(store.folder, repo_id, "dataset", private, token, again, allow_patterns=files)
+    return _upload(store.folder, names, repo_id, "dataset", private, token, again)
 
 
 def _is_unedited(text: str, store: CovarianceStore) -> bool:
@@ -83,16 +120,29 @@ def check_target(repo_id: str, token: str | None = None) -> str:
     return token
 
 
+def _announce(folder: Path, names: Sequence[str], repo_id: str) -> None:
+    sizes = [(folder / name).stat().st_size for name in names]
+    lines = [f"Uploading {len(names)} files ({sum(sizes):,} bytes) from {folder} to {repo_id}:"]
+    lines += [f"  {name} ({size:,} bytes)" for name, size in zip(names, sizes, strict=True)]
+    left = {entry.name for entry in folder.iterdir()} - {name.split("/")[0] for name in names}
+    if left:
+        lines.append(f"Not uploaded: {', '.join(sorted(left))}")
+    click.echo("\n".join(lines), err=True)
+
+
 def _upload(
-    folder: Path, repo_id: str, repo_type: str, private: bool, token: str, again: str, **patterns
+    folder: Path, names: Sequence[str], repo_id: str, repo_type: str, private: bool, token: str,
+    again: str,
 ) -> str:
+    _announce(folder, names, repo_id)
     api = HfApi(token=token)
     try:
         # `None` leaves the choice to the owner's settings.
         url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
-        api.upload_folder(
-            folder_path=str(folder), repo_id=url.repo_id, repo_type=repo_type,
-            commit_message="Upload with mergekit-pave", **patterns,
+        # One commit: what fails midway changes nothing that others see.
+        api.create_commit(
+            url.repo_id, [CommitOperationAdd(name, str(folder / name)) for name in names],
+            repo_type=repo_type, commit_message="Upload with mergekit-pave",
         )
     except OfflineModeIsEnabled as error:
         raise PaveError("--push needs the network, and HF_HUB_OFFLINE is set.") from error
@@ -105,7 +155,7 @@ def _upload(
             ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PaveError(
-            f"The upload to {repo_id} failed ({lines[0].rstrip('.')}); what has arrived is kept, "
-            f"go on with `{again}`."
+            f"The upload to {repo_id} failed ({lines[0].rstrip('.')}), and the repository is as it "
+            f"was; try again with `{again}`."
         ) from error
     return str(url)

@@ -36,7 +36,7 @@ from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 from mergekit_pave.storage.covariances import CovarianceStore
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.files import write_text
 
 NAME = "pave_report.json"
 KIND = "mergekit-pave merge report"
@@ -91,7 +91,7 @@ def of_configuration(config: MergeConfiguration) -> dict[str, Any]:
 
 def write(folder: Path | str, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=1) + "\n"
-    write_atomically(Path(folder) / NAME, lambda path: path.write_text(text, "utf-8"))
+    write_text(Path(folder) / NAME, text)
 
 
 def files(folder: Path | str) -> list[Path]:

@@ -55,13 +55,15 @@ def scrub_card(text: str, raw: Any, local: Collection[str] = ()) -> str:
         lambda found: fenced if "merge_method:" in found[0] else found[0], text)
     for path in sorted({*local_paths(raw), *local}, key=len, reverse=True):
         exact = rf"(?<![\w./~\\-]){re.escape(path)}(?![\w\\/-]|\.\w)"
+        public = name_of(path) if "://" in path else last_part(path)
         # As a template the name would be read for backslashes.
-        text = re.sub(exact, last_part(path).replace("\\", r"\\"), text)
+        text = re.sub(exact, public.replace("\\", r"\\"), text)
     return text
 
 
 def local_paths(raw: Any) -> Iterator[str]:
-    """Every local path that a merge configuration names, with its adapters'."""
+    """Every local path that a merge configuration names, with its adapters', and every URL of data
+    with what may be secret in it."""
     if isinstance(raw, list):
         for item in raw:
             yield from local_paths(item)
@@ -69,7 +71,7 @@ def local_paths(raw: Any) -> Iterator[str]:
         for key, value in raw.items():
             if not isinstance(value, str):
                 yield from local_paths(value)
-            elif key in _DATA_KEYS and is_local(value):
+            elif key in _DATA_KEYS and name_of(value) != value:
                 yield value
             elif key in _MODEL_KEYS:
                 paths = (part.partition("@")[0] for part in value.split("+"))

@@ -15,7 +15,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.report.build import TOKENS_PER_DIMENSION
 from mergekit_pave.report.figures import MOST_KINDS, MOST_LINES, figures, kinds, png, svg
 from mergekit_pave.report.measure import NEARLY_ALL
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.files import write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,11 +34,11 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     page = render(report, made)
     # NaN is not JSON; a number that is one is a mistake of ours, not something to publish.
     text = json.dumps(report, allow_nan=False)
-    write_atomically(folder / "report.json", lambda path: path.write_text(text, "utf-8"))
+    write_text(folder / "report.json", text)
     for name, figure in tqdm(made.items(), desc="Drawing", unit="figure", leave=False):
         target = folder / "figures" / f"{name}.png"
         write_atomically(target, lambda path, figure=figure: png(figure, path))
-    write_atomically(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
+    write_text(folder / "report.html", page)
 
 
 def render(report: Mapping[str, Any], made: Mapping[str, Figure]) -> str:

@@ -1,48 +1,61 @@
-"""The covariance store: a folder of safetensors files and a manifest, safe to publish.
+"""The covariance store: an `archive` of second moments, safe to publish.
 
     manifest.json              model, data, sites, weights, reasons for what is missing
-    fingerprints.safetensors   one row per weight, see `fingerprint`
+    fingerprints.safetensors   one row per weight, `(weights, 512)`, see `fingerprint`
     covariance-NNNNN.safetensors   folded second moments, one tensor per site
 
-A *site* is one input tensor of the model; all linear layers that read it share its
-covariance. Files appear by rename when they are complete, and the manifest comes last:
-a folder with a manifest is whole, one without is a calibration to be resumed.
+A *site* is one input tensor of the model; all linear layers that read it share its covariance. A
+folder without a manifest is a calibration to be resumed.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import zlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
 from mergekit_pave.algebra.second_moment import SecondMoment, fold, unfold
 from mergekit_pave.errors import PaveError
-from mergekit_pave.storage.files import write_atomically
-from mergekit_pave.storage.identity import fingerprint, same, same_layer
+from mergekit_pave.storage.archive import (
+    MANIFEST,
+    Archive,
+    Count,
+    Dtype,
+    Entry,
+    Kind,
+    parsed,
+    read_header,
+    read_manifest,
+    write_manifest,
+    write_tensors,
+)
+from mergekit_pave.storage.files import make_folder
+from mergekit_pave.storage.identity import LENGTH, fingerprint, same, same_layer
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+KIND = Kind(
+    "mergekit-pave covariance store", FORMAT, "The covariance store {} is",
+    "delete the folder and recalibrate the model with `mergekit-pave calibrate`",
+)
 FINGERPRINTS = "fingerprints.safetensors"
+_PRINTS = "::fingerprints"
+_WINDOW = re.compile(r"covariance-(\d{5,9})\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where one covariance lies: `width` features, mean over `count` rows."""
+    """One covariance: `width` features, mean over `count` rows."""
 
-    width: int
-    count: int
-    file: str
-    crc32: int
+    width: Annotated[int, Field(gt=0)]
+    count: Count
 
 
 @dataclass(frozen=True)
@@ -50,56 +63,90 @@ class Weight:
     """One linear layer's weight: its site, and whether it is stored `(in, out)` (Conv1D)."""
 
     site: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     transposed: bool
-    dtype: str
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
+class _Model:
+    id: str
+    revision: str | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Data:
+    dataset: str
+    local: bool
+    tokens: Count
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the manifest says beside its entries."""
+
+    sites: dict[str, Site]
+    weights: dict[str, Weight]
+    skipped: dict[str, str]
+    model: _Model
+    data: _Data
 
 
 class StoreWriter:
-    """Fills a store window by window; a second writer on the same folder resumes it."""
+    """Fills a store window by window; a second writer of the same run resumes it.
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PaveError(
-                f"Cannot create the covariance store {self.folder}: {error.strerror}; set "
-                "MERGEKIT_PAVE_CACHE to a folder that can be written."
-            ) from error
-        for left in self.folder.glob(".*.tmp"):  # by a process that was killed while writing
-            left.unlink(missing_ok=True)
+    Args:
+        folder: where the store goes; files in it that this run has not written stay as they are.
+        run: names the run, by everything that its covariances depend on.
+
+    Raises:
+        PaveError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, run: str):
+        self.folder, self.run = Path(folder), run
+        make_folder(self.folder)
         self.sites: dict[str, Site] = {}
+        self._entries: dict[str, Entry] = {}
         self._next = 0
-        for file in sorted(self.folder.glob("covariance-*.safetensors")):
-            self.sites.update(_finished_sites(file))
-            self._next = int(file.stem.rpartition("-")[2]) + 1
+        for file in windows_in(self.folder):
+            self._next = int(_WINDOW.fullmatch(file.name)[1]) + 1
+            self._resume(file)
 
-    def add(self, covariances: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Write one window: site -> (covariance `(width, width)` float32, rows)."""
-        self._write({name: fold(c.cpu()) for name, (c, _) in covariances.items()},
-                    {name: rows for name, (_, rows) in covariances.items()})
+    def _resume(self, file: Path) -> None:
+        header = read_header(file, KIND) or {}
+        try:
+            archive = Archive(self.folder, KIND, header["entries"])
+            sites = parsed(dict[str, Site], header["sites"])
+            for name, site in sites.items():
+                _expect(archive, name, site)
+                archive.tensor(name)
+            whole = header["run"] == self.run and archive.files == [file.name]
+        except (PaveError, LookupError, ValueError):
+            whole = False
+        if whole:
+            self.sites |= sites
+            self._entries |= archive.entries
+        else:
+            logger.warning(
+                "%s is damaged or of another calibration: it stays, and is not used.", file)
 
     def take(self, moments: dict[str, SecondMoment]) -> None:
         """Write the window of these sums, and let go of each as soon as it is folded."""
-        folded, counts = {}, {}
+        folded, sites = {}, {}
+        if not moments:
+            return
         while moments:
             name = next(iter(moments))
             moment = moments.pop(name)
             folded[name] = fold(moment.sum.cpu()).div_(moment.count)
-            counts[name] = moment.count
-        self._write(folded, counts)
-
-    def _write(self, folded: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+            sites[name] = Site(folded[name].shape[1] - 1, moment.count)
         file = self.folder / f"covariance-{self._next:05d}.safetensors"
         self._next += 1
-        sites = {
-            name: Site(matrix.shape[1] - 1, counts[name], file.name, _crc32(matrix))
-            for name, matrix in folded.items()
-        }
-        metadata = {"sites": json.dumps({name: asdict(site) for name, site in sites.items()})}
-        write_atomically(file, lambda path: save_file(folded, path, metadata=metadata))
-        self.sites.update(sites)
+        about = {name: asdict(site) for name, site in sites.items()}
+        self._entries |= write_tensors(file, KIND, folded, run=self.run, sites=about)
+        self.sites |= sites
 
     def finish(
         self,
@@ -107,20 +154,31 @@ class StoreWriter:
         skipped: Mapping[str, str],
         about: Mapping[str, Any],
     ) -> CovarianceStore:
-        """Write fingerprints and manifest, which makes the store complete."""
-        prints = {name: values for name, (_, values) in weights.items()}
-        write_atomically(self.folder / FINGERPRINTS, lambda path: save_file(prints, path))
-        manifest = {
-            "kind": "mergekit-pave covariance store",
-            "format": FORMAT,
-            **about,
-            "sites": {name: asdict(site) for name, site in self.sites.items()},
-            "weights": {name: asdict(weight) for name, (weight, _) in weights.items()},
-            "skipped": dict(skipped),
-        }
-        text = json.dumps(manifest, indent=1)
-        write_atomically(self.folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
+        """Write fingerprints and manifest, which makes the store complete.
+
+        Args:
+            weights: of the linear layers, with the fingerprint of each.
+            skipped: layers without a covariance, and why.
+            about: `model`, `data` and `versions`, as JSON.
+        """
+        prints = torch.stack([values for _, values in weights.values()])
+        entries = write_tensors(self.folder / FINGERPRINTS, KIND, {_PRINTS: prints})
+        write_manifest(
+            self.folder, KIND, self._entries | entries, **about,
+            sites={name: asdict(site) for name, site in self.sites.items()},
+            weights={name: asdict(weight) for name, (weight, _) in weights.items()},
+            skipped=dict(skipped),
+        )
         return CovarianceStore(self.folder)
+
+
+def _expect(archive: Archive, name: str, site: Site) -> None:
+    archive.expect(name, ((site.width + 1) // 2, site.width + 1), "float32")
+
+
+def windows_in(folder: Path) -> list[Path]:
+    """The files in a folder that are called like those of a store, in their order."""
+    return sorted(file for file in folder.iterdir() if _WINDOW.fullmatch(file.name))
 
 
 class CovarianceStore:
@@ -136,60 +194,45 @@ class CovarianceStore:
 
     def __init__(self, folder: Path | str, complete: bool = True):
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text("utf-8"))
-            known = manifest["kind"] == "mergekit-pave covariance store"
-        except FileNotFoundError:
+        manifest = read_manifest(self.folder, KIND)
+        if manifest is None:
             raise PaveError(
                 f"No covariance store at {folder}: it has no {MANIFEST}. Write one with "
                 "`mergekit-pave calibrate MODEL --output DIR`."
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise PaveError(
-                f"{path} is not the manifest of a covariance store; recalibrate the model."
-            )
-        if manifest.get("format") != FORMAT:
-            raise PaveError(
-                f"The covariance store {folder} has format {manifest.get('format')}, this "
-                f"version of mergekit-pave reads format {FORMAT}; recalibrate the model."
             )
         self.manifest: dict[str, Any] = manifest
         self._verified: dict[str, set[torch.dtype]] = {}
-        try:
-            self.sites = {name: Site(**site) for name, site in manifest["sites"].items()}
-            self.weights = {
-                name: Weight(**{**weight, "shape": tuple(weight["shape"])})
-                for name, weight in manifest["weights"].items()
-            }
-            self.skipped: dict[str, str] = dict(manifest["skipped"])
-            with safe_open(self.folder / FINGERPRINTS, "pt") as file:
-                self._fingerprints = {name: file.get_tensor(name) for name in self.weights}
-            for file_name in {site.file for site in self.sites.values() if complete}:
-                with safe_open(self.folder / file_name, "pt"):
-                    pass
-        except (KeyError, TypeError, OSError, SafetensorError) as error:
-            raise self._damaged(str(error)) from error
+        with KIND.guard(self.folder, f"{MANIFEST}: "):
+            about = parsed(_About, manifest)
+        self._archive = archive = Archive(self.folder, KIND, manifest.get("entries"))
+        self.sites, self.weights, self.skipped = about.sites, about.weights, about.skipped
+        with archive.guard(f"{MANIFEST}: "):
+            self._check()
+        archive.check(None if complete else [FINGERPRINTS])
+        self._fingerprints = dict(zip(self.weights, archive.tensor(_PRINTS), strict=True))
 
-    def _damaged(self, what: str) -> PaveError:
-        return PaveError(
-            f"The covariance store {self.folder} is damaged ({what}); delete the folder and "
-            "recalibrate the model."
-        )
+    def _check(self) -> None:
+        """Raise `ValueError` unless all covariances and fingerprints are among the entries."""
+        for name, site in self.sites.items():
+            _expect(self._archive, name, site)
+        self._archive.expect(_PRINTS, (len(self.weights), LENGTH), "float32")
+        for name, weight in self.weights.items():
+            width = self.sites[weight.site].width
+            if len(weight.shape) != 2 or weight.shape[0 if weight.transposed else 1] != width:
+                raise ValueError(f"{name} does not fit its covariance")
+
+    @property
+    def files(self) -> list[str]:
+        """Names of its files, the manifest first."""
+        return [MANIFEST, *self._archive.files]
 
     def covariance(self, site: str) -> Tensor:
         """Second moment of a site's inputs, `(width, width)` float32, symmetric."""
-        entry = self.sites[site]
-        try:
-            with safe_open(self.folder / entry.file, "pt") as file:
-                folded = file.get_tensor(site)
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(f"{entry.file}: {error}") from error
-        if _crc32(folded) != entry.crc32:
-            raise self._damaged(f"{entry.file}: wrong checksum of {site}")
-        return unfold(folded)
+        return unfold(self._archive.tensor(site))
+
+    def identity(self, site: str) -> str:
+        """sha256 of the covariance. `covariance` refuses to give any other content for it."""
+        return self._archive.entries[site].sha256
 
     def find(self, name: str | None, tensor: Tensor) -> str | None:
         """Name of the weight whose values `tensor` has, whatever it is called now.
@@ -241,22 +284,3 @@ class CovarianceStore:
                 f"The covariance store {self.folder} has no weight in common with {model}; "
                 "recalibrate the model, or give the store that belongs to it under `covariance`."
             )
-
-
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().numpy())
-
-
-def _finished_sites(file: Path) -> dict[str, Site]:
-    """Sites of one window file of an earlier run; a damaged file is computed again."""
-    try:
-        with safe_open(file, "pt") as opened:
-            sites = json.loads(opened.metadata()["sites"])
-            found = {name: Site(**site) for name, site in sites.items()}
-            if all(_crc32(opened.get_tensor(name)) == s.crc32 for name, s in found.items()):
-                return found
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        pass
-    logger.warning("Ignoring the damaged file %s of an interrupted calibration.", file)
-    file.unlink(missing_ok=True)
-    return {}

@@ -1,69 +1,146 @@
 """A cache of decompositions: sweeping ratio, density or method repeats none of them.
 
-One small file per weight and damping, `(out, k)` float64 directions with their singular values,
-addressed by the content of weight and covariance. A longer tail serves every shorter one.
+One small file per weight and damping, addressed by the content of weight and covariance: `(out, k)`
+directions in float32, which is what weights of up to float32 are purified in, or in float64 for a
+float64 weight, with their singular values. A longer tail serves every shorter one.
+
+`MERGEKIT_PAVE_DECOMPOSITIONS` is the room for all of them, such as `4GiB`; those that were not
+used for longest go first, and 0 switches the cache off.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-import zlib
+import os
+import re
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.algebra.subspace import Tail
 from mergekit_pave.errors import PaveError
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.archive import Archive, Kind, read_header, write_tensors
+from mergekit_pave.storage.files import make_folder
 from mergekit_pave.storage.identity import checksum
 
 logger = logging.getLogger(__name__)
+KIND = Kind("mergekit-pave decomposition", 3, "The decomposition {} is", "it is computed again")
+ROOM = "MERGEKIT_PAVE_DECOMPOSITIONS"
+DEFAULT_ROOM = 8 * 2**30
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_lock = threading.Lock()
+
+
+def room() -> int:
+    """Bytes that the cache may fill.
+
+    Raises:
+        PaveError: the environment variable is no size.
+    """
+    text = os.environ.get(ROOM, "").strip()
+    if not text:
+        return DEFAULT_ROOM
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
+    if not found:
+        raise PaveError(f"{ROOM}={text} is no size: write it like 4GiB, or 0 for no cache.")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 def address(covariance: str, weight: Tensor, transposed: bool, damping: str) -> str:
     """Names a decomposition: what `Layer.identity` says, the weight's values, the damping."""
-    about = f"2|{covariance}|{checksum(weight)}|{transposed}|{damping}"
+    about = f"{KIND.format}|{covariance}|{checksum(weight)}|{transposed}|{damping}"
     return hashlib.sha256(about.encode()).hexdigest()[:40]
 
 
-def remembered(folder: Path, name: str, count: int, compute: Callable[[], Tail]) -> Tail:
+def remembered(
+    folder: Path, name: str, count: int, dtype: torch.dtype, compute: Callable[[], Tail]
+) -> Tail:
     """The tail of at least `count` directions under that address, computed if it is not there.
 
     A cache that cannot be read or written costs time, never a merge.
+
+    Args:
+        folder: of the cache.
+        name: `address` of the tail.
+        count: directions needed.
+        dtype: of the weight.
+        compute: finds the tail.
+
+    Returns:
+        The tail with directions in float32, or in float64 for a float64 weight: with the cache
+        and without it the same.
+
+    Raises:
+        PaveError: `MERGEKIT_PAVE_DECOMPOSITIONS` is no size.
     """
-    path = folder / name[:2] / f"{name}.safetensors"
-    if (found := _read(path, count)) is not None:
+    limit, path = room(), folder / name[:2] / f"{name}.safetensors"
+    if limit and (found := _read(path, count)) is not None:
         return found
     tail = compute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"basis": tail.basis.cpu().contiguous(), "values": tail.values.cpu()}
-        about = {"largest": repr(tail.largest), "route": tail.route, "crc32": _crc32(tail.basis)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
-    except (OSError, PaveError) as error:
-        logger.info("The decomposition is not kept: %s", error)
+    stored = torch.promote_types(dtype, torch.float32)
+    if tail.basis.dtype != stored:
+        tail = replace(tail, basis=tail.basis.to(stored))
+    if limit:
+        try:
+            _keep(folder, path, tail, limit)
+        except (OSError, PaveError) as error:
+            _warn(str(error))
     return tail
 
 
+@functools.cache
+def _warn(what: str) -> None:
+    logger.warning("Decompositions are not kept, and the next merge repeats them: %s", what)
+
+
+def _keep(folder: Path, path: Path, tail: Tail, limit: int) -> None:
+    basis, values = tail.basis.cpu().contiguous(), tail.values.cpu()
+    size = basis.nbytes + values.nbytes
+    if size > limit:
+        return
+    make_folder(path.parent)
+    with _lock:
+        _make_room(folder, limit - size)
+    write_tensors(path, KIND, {"basis": basis, "values": values},
+                  largest=tail.largest, route=tail.route)
+
+
+def _make_room(folder: Path, limit: int) -> None:
+    """Remove the files that were not used for longest until the others fill at most `limit`."""
+    found = []
+    for file in folder.glob("*/*.safetensors"):
+        try:
+            seen = file.stat()
+        except OSError:  # removed by another process meanwhile
+            continue
+        found.append((seen.st_mtime_ns, seen.st_size, file))
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found):
+        if total <= limit:
+            return
+        if read_header(file, KIND) is not None:
+            file.unlink(missing_ok=True)
+            total -= size
+
+
 def _read(path: Path, count: int) -> Tail | None:
-    try:
-        with safe_open(path, "pt") as file:
-            values = file.get_tensor("values")
-            if len(values) < count:
-                return None
-            about = file.metadata()
-            basis = file.get_tensor("basis")
-            if about["crc32"] != _crc32(basis) or not torch.isfinite(values).all():
-                return None
-            return Tail(basis[:, :count], values[:count], float(about["largest"]), about["route"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    header = read_header(path, KIND)
+    if header is None:
         return None
-
-
-def _crc32(basis: Tensor) -> str:
-    return str(zlib.crc32(basis.cpu().contiguous().numpy()))
+    try:
+        archive = Archive(path.parent, KIND, header["entries"])
+        if archive.entries["values"].shape[0] < count:
+            return None
+        basis, values = archive.tensor("basis"), archive.tensor("values")
+        tail = Tail(basis[:, :count], values[:count], float(header["largest"]), header["route"])
+        os.utime(path)  # the time of its last use
+    except (PaveError, OSError, LookupError, TypeError, ValueError):
+        return None
+    return tail

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-import re
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,7 +41,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
 def locked(path: Path, wait: bool = True):
@@ -52,10 +54,11 @@ def locked(path: Path, wait: bool = True):
             "choose another folder."
         ) from None
     except OSError as error:
-        raise _unwritable(path.parent, error) from error
+        raise unwritable(path.parent, error) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> PaveError:
+def unwritable(folder: Path, error: OSError) -> PaveError:
+    """The sentence about a folder that cannot be written to."""
     return PaveError(
         f"Cannot write to the folder {folder} ({error.strerror}); name another one with "
         "--output or, for the cache of merges, with MERGEKIT_PAVE_CACHE."
@@ -78,54 +81,131 @@ def refuse_used(folder: Path) -> None:
         raise PaveError(f"{folder} is a mount point; name a folder in it for the model.")
 
 
+# A folder of ours for what is half-written: this begin of its name, and these files in it.
+_SCRATCH, _MARK, _LOCK, _CONTENT = ".mergekit-pave-", "mark.json", "lock", "content"
+_CLAIM = f"{_SCRATCH}claim"
+_MOMENT = 60.0  # seconds, far more than making such a folder takes
+_MARKED = json.dumps({"kind": "mergekit-pave scratch"})
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for what is not finished; it is gone after the block.
+
+    A process that is killed leaves its folder behind, and the next call for the same `parent`
+    removes it. A folder is known as ours by the mark in it, and as left by its lock, which the
+    system releases when a process dies: this holds between containers that share a disk, too,
+    where process ids say nothing.
+
+    Raises:
+        PaveError: there is no room for it.
+    """
+    _remove_left(parent)
+    with ExitStack() as held:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+            held.callback(_remove, folder)
+            with suppress(NotImplementedError, Timeout):  # without locks nobody takes it for left
+                held.enter_context(FileLock(folder / _LOCK).acquire(timeout=0))
+            (folder / _MARK).write_text(_MARKED, "utf-8")
+            (folder / _CONTENT).mkdir()
+        except OSError as error:
+            raise unwritable(parent, error) from error
+        yield folder / _CONTENT
+
+
+def _remove_left(parent: Path) -> None:
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError, NotImplementedError, Timeout, ValueError):
+            if folder.is_symlink():
+                continue
+            if not (folder / _MARK).exists():
+                _remove_unmarked(folder)
+            elif (folder / _MARK).read_text("utf-8") == _MARKED:
+                with FileLock(folder / _LOCK).acquire(timeout=0):
+                    _remove(folder)
+
+
+def _remove_unmarked(folder: Path) -> None:
+    """Of a process that was killed before it wrote the mark; nothing that holds any byte goes."""
+    names = {entry.name for entry in folder.iterdir()}
+    # A young one may be about to get its mark.
+    if names <= {_LOCK} and time.time() - folder.stat().st_mtime > _MOMENT:
+        if names and not (folder / _LOCK).stat().st_size:
+            (folder / _LOCK).unlink()
+        folder.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """The mark goes after the content, so that a kill in between leaves nothing large unmarked."""
+    shutil.rmtree(folder / _CONTENT, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, which gets its name when the block has ended well; where there
     is an empty one, its files then move into that, the config last.
 
+    Of two processes that write the same folder the first to end has it, and the other fails.
+
     Raises:
-        PaveError: what went wrong with the disk.
+        PaveError: what went wrong with the disk, or the folder is in use meanwhile.
     """
     # A link to an empty folder stays one: a folder cannot take the place of the link itself.
     folder = Path(os.path.realpath(folder))
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    left_over = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.iterdir():  # by a process that was killed
-            if left_over.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            to_disk(file)
-        if folder.exists():  # it may be the current one of a shell, which would lose it
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, folder / file.name)
-            to_disk(folder)
-        else:
-            os.replace(temporary, folder)
-            to_disk(folder.parent)
+        with scratch(folder.parent) as temporary:
+            yield temporary
+            for file in temporary.rglob("*"):
+                to_disk(file)
+            refuse_used(folder)
+            if folder.exists():  # it may be the current one of a shell, which would lose it
+                _move_into(folder, temporary)
+            else:
+                temporary.rename(folder)
+                to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PaveError(f"Cannot finish {folder}: {reason}.") from error
+
+
+def _move_into(folder: Path, temporary: Path) -> None:
+    """Move everything, the config last, into a folder that is empty."""
+    claim = folder / _CLAIM
+    claim.mkdir()  # fails where another process has begun to move
+    try:
+        if [entry.name for entry in folder.iterdir()] != [_CLAIM]:
+            raise FileExistsError(errno.EEXIST, "another process has written to it")
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+        to_disk(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        claim.rmdir()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)`, then give the file its name in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Call `write(temporary_path)`, then give the file its name in one step.
+
+    Raises:
+        PaveError: what went wrong with the disk.
+    """
     try:
-        write(temporary)
-        to_disk(temporary)
-        os.replace(temporary, path)
-        to_disk(path.parent)
+        with scratch(path.parent) as folder:
+            temporary = folder / path.name
+            write(temporary)
+            to_disk(temporary)
+            os.replace(temporary, path)
+            to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PaveError(
             f"Cannot write {path}: {reason}; what is finished is kept, run it again once there "
             "is room."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 in one step; errors as `write_atomically`."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))

@@ -5,6 +5,8 @@
     model/                      config and tokenizer
     lora/                       an adapter for peft, if asked for
 
+The folder is an `archive`.
+
 A tensor is kept in the first of these ways that fits:
 
     base      as the base has it: nothing is stored
@@ -22,26 +24,36 @@ is their number, so that a square matrix may become factors with two tasks, too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.algebra.numeric import double, rounding
 from mergekit_pave.algebra.tsv import ROUNDING, Factors, factors
 from mergekit_pave.errors import PaveError
-from mergekit_pave.storage.covariances import MANIFEST
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.archive import (
+    MANIFEST,
+    Archive,
+    Count,
+    Dtype,
+    Entry,
+    Kind,
+    inside,
+    parsed,
+    read_manifest,
+    write_manifest,
+    write_tensors,
+)
 
-KIND = "mergekit-pave compressed model"
-FORMAT = 2
+FORMAT = 3
+KIND = Kind(
+    "mergekit-pave compressed model", FORMAT, "The compressed model in {} is", "compress again"
+)
 MODEL, LORA = "model", "lora"
 _STORED = {"base": (), "rows": ("", "::rows"), "factors": ("::u", "::s", "::v"), "whole": ("",)}
 
@@ -51,35 +63,53 @@ class Kept:
     """How one tensor is kept.
 
     Attributes:
-        how: `base`, `rows`, `factors` or `whole`.
+        how: one of the four ways.
         shape: of the tensor.
         dtype: of the tensor.
         base: `checksum` of the base's tensor, which is needed again, None for `whole`.
-        file: where the rest lies, None for `base`.
         rank: triples, of `factors`.
         energy: `sum s_i^2` of those kept and of all, of `factors`.
     """
 
-    how: str
-    shape: tuple[int, ...]
-    dtype: str
+    how: Literal["base", "rows", "factors", "whole"]
+    shape: tuple[Count, ...]
+    dtype: Dtype
     base: str | None = None
-    file: str | None = None
-    rank: int | None = None
+    rank: Count | None = None
     energy: tuple[float, float] | None = None
 
-    def __post_init__(self):
-        """Raise `ValueError` for what no `compress` has written."""
-        fits = (
-            self.how in _STORED
-            and isinstance(getattr(torch, self.dtype, None), torch.dtype)
-            and (self.base is None) == (self.how == "whole")
-            and (self.file is None) == (self.how == "base")
-            # Nothing outside the folder is read.
-            and (self.file is None or Path(self.file).name == self.file)
-        )
-        if not fits:
-            raise ValueError(f"{self.how}, {self.dtype} and {self.file} do not fit together")
+    def check(self, parts: Mapping[str, Entry | None]) -> None:
+        """Raise `ValueError` unless these parts, by suffix, are what `compress` has written."""
+        shapes = {key: part and part.shape for key, part in parts.items()}
+        if self.how == "factors":
+            m, n = self.shape
+            expected = {"::u": (m, self.rank), "::s": (self.rank,), "::v": (n, self.rank)}
+        elif self.how == "rows":
+            rows = shapes["::rows"]
+            expected = {"": (*rows, *self.shape[1:]), "::rows": rows[:1]}
+        else:
+            expected = {"": self.shape} if self.how == "whole" else {}
+        if shapes != expected or (self.base is None) != (self.how == "whole"):
+            raise ValueError(f"{self.how} of {list(self.shape)} does not fit {shapes}")
+        dtypes = {"": self.dtype, "::rows": "int32"}
+        if any(part.dtype != dtypes.get(key, part.dtype) for key, part in parts.items()):
+            raise ValueError(f"{self.how} in {self.dtype} does not fit {parts}")
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """`id`, for people, and `hub`, the reference that can be loaded from there."""
+
+    id: str
+    hub: str | None
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the manifest says beside its entries."""
+
+    base: _Reference
+    tensors: dict[str, Kept]
 
 
 def pack(
@@ -165,74 +195,73 @@ class Compressed:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._open: tuple[str, Any] = ("", None)
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text("utf-8"))
-        except FileNotFoundError:
+        manifest = read_manifest(self.folder, KIND)
+        if manifest is None:
             raise PaveError(
                 f"{folder} holds no compressed model (no {MANIFEST}): name a task's folder in "
                 "what `mergekit-pave compress` wrote."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise self._damaged(f"{MANIFEST}: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-            raise PaveError(f"{folder} holds something else than a compressed model.")
-        if manifest.get("format") != FORMAT:
-            raise PaveError(
-                f"{folder} is from another version of mergekit-pave; compress again."
             )
-        try:
-            self.base: dict[str, str | None] = {k: manifest["base"][k] for k in ("id", "hub")}
-            if not (self.folder / MODEL / "config.json").is_file():
+        self._archive = Archive(self.folder, KIND, manifest.get("entries"))
+        with self._archive.guard(f"{MANIFEST}: "):
+            about = parsed(_About, manifest)
+            self.base: dict[str, str | None] = asdict(about.base)
+            self.tensors = about.tensors
+            entries = self._archive.entries
+            for name, kept in self.tensors.items():
+                kept.check({key: entries.get(name + key) for key in _STORED[kept.how]})
+            if not inside(self.folder, f"{MODEL}/config.json").is_file():
                 raise ValueError(f"no {MODEL}/config.json")
-            self.tensors = {name: Kept(**kept) for name, kept in manifest["tensors"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(f"{MANIFEST}: {error!r}") from error
-
-    def _damaged(self, what: str) -> PaveError:
-        return PaveError(f"{self.folder} is damaged ({what}); compress again.")
+        self._archive.check()
 
     def tensor(self, name: str, base: Tensor | None) -> Tensor:
-        """The tensor as reconstructed on the base's."""
-        kept = self.tensors[name]
-        try:
-            stored = {key: self._read(kept.file, name + key) for key in _STORED[kept.how]}
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(f"{kept.file}: {error}") from error
-        return restore(kept.how, stored, base, getattr(torch, kept.dtype))
+        """The tensor as reconstructed on the base's.
 
-    def _read(self, file: str, key: str) -> Tensor:
-        if self._open[0] != file:
-            self._open = (file, safe_open(self.folder / file, "pt"))
-        return self._open[1].get_tensor(key)
+        Raises:
+            PaveError: it is not as it was written, or `base` is of another shape.
+        """
+        kept = self.tensors[name]
+        stored = {key: self._archive.tensor(name + key) for key in _STORED[kept.how]}
+        with self._archive.guard(f"{name}: "):
+            if base is not None and tuple(base.shape) != kept.shape:
+                raise ValueError(f"the base's is {list(base.shape)}, and {list(kept.shape)} needed")
+            return restore(kept.how, stored, base, getattr(torch, kept.dtype))
 
 
 # Bytes held in memory before they are written.
 WINDOW = 2**30
 
 
-class _Writer:
+class Writer:
     """Fills a task's folder, a file at a time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Kept] = {}
         self.bytes = 0
+        self._entries: dict[str, Entry] = {}
         self._held: dict[str, Tensor] = {}
         self._files = 0
 
-    def add(self, name: str, stored: Mapping[str, Tensor], kept: Mapping[str, Any]) -> None:
-        file = f"tensors-{self._files:05d}.safetensors" if stored else None
-        self.tensors[name] = Kept(file=file, **kept)
+    def add(self, name: str, stored: Mapping[str, Tensor], kept: Kept) -> None:
+        """Take what is stored of a tensor, by the suffix of its name."""
+        self.tensors[name] = kept
         self._held |= {name + suffix: tensor for suffix, tensor in stored.items()}
         if sum(tensor.nbytes for tensor in self._held.values()) >= WINDOW:
             self.flush()
 
     def flush(self) -> None:
+        """Write what is held to a file."""
         if not self._held:
             return
         path = self.folder / f"tensors-{self._files:05d}.safetensors"
-        write_atomically(path, lambda temporary: save_file(self._held, temporary))
+        self._entries |= write_tensors(path, KIND, self._held)
         self.bytes += path.stat().st_size
         self._files += 1
         self._held = {}
+
+    def finish(self, about: Mapping[str, Any]) -> None:
+        """Write the manifest, with the JSON `about` in it, which makes the folder complete."""
+        write_manifest(
+            self.folder, KIND, self._entries, **about,
+            tensors={name: asdict(kept) for name, kept in self.tensors.items()},
+        )

@@ -1,45 +1,55 @@
 """The task masks of an EMR merge on disk: the folder `emr` beside the merged model.
 
-    manifest.json              base, tasks, and for every tensor its place and the rescaler's sums
-    masks-NNNNN.safetensors    per tensor uint8 `(tasks, ceil(numel / 8))`: each row the mask of
-                               one task over the flattened tensor, 8 entries to a byte, the first
-                               in the lowest bit
+    manifest.json              base, tasks, and for every tensor the rescaler's sums
+    masks-NNNNN.safetensors    NAME::mask-I, uint8 `(ceil(numel / 8),)`: the mask of task I over the
+                               flattened tensor, 8 entries to a byte, the first in the lowest bit
 
 Where a merge rearranges the vocabulary, the base's own rows are no longer those of its
 checkpoint and are kept as they were merged, under the tensor's name + `::base`. All else needs
-the base's checkpoint again, which is recognised by its values. Files appear by rename when they
-are complete, the manifest last: without it nothing here counts. Names are public ones, for the
-folder is published with the model.
+the base's checkpoint again, which is recognised by its values. The folder is an `archive`. Names
+are public ones, for it is published with the model.
 """
 
 from __future__ import annotations
 
-import json
 import threading
-import zlib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
 from mergekit_pave.algebra.emr import Trace
 from mergekit_pave.errors import PaveError
-from mergekit_pave.storage.covariances import MANIFEST
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.archive import (
+    MANIFEST,
+    Archive,
+    Count,
+    Dtype,
+    Entry,
+    Kind,
+    dtype_of,
+    owned,
+    parsed,
+    read_manifest,
+    write_manifest,
+    write_tensors,
+)
+from mergekit_pave.storage.files import make_folder
 from mergekit_pave.storage.identity import checksum
 
 FOLDER = "emr"
-KIND = "mergekit-pave task masks"
-FORMAT = 2
-_FILE = "masks-{:05d}.safetensors"
+KIND = Kind(
+    "mergekit-pave task masks", 3, "The task masks in {} are", "merge again"
+)
 _BASE = "::base"
+Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Packed masks held in memory before they are written.
 WINDOW = 64 * 2**20
 
@@ -49,42 +59,50 @@ class Masked:
     """One tensor of the manifest.
 
     Attributes:
-        file: where its masks lie.
         shape: of the tensor.
         dtype: in which it was merged.
         base: `identity` of the base's values in that dtype.
         keeps_base: those values lie beside the masks.
-        tasks: the tasks merged here; rows of the masks and items of the lists below.
-        crc32: of each row.
+        tasks: the tasks merged here; the lists below have an item for each.
         own: `sum |d_t|`.
         unified: `sum |M_t u|`.
     """
 
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[Count, ...]
+    dtype: Dtype
     base: str
     keeps_base: bool
-    tasks: tuple[int, ...]
-    crc32: tuple[int, ...]
-    own: tuple[float, ...]
-    unified: tuple[float, ...]
-
-    def __post_init__(self):
-        """Raise `ValueError` for what no merge has written."""
-        fits = (
-            # Nothing outside the folder is read.
-            Path(self.file).name == self.file
-            and isinstance(getattr(torch, self.dtype, None), torch.dtype)
-            and len(self.tasks) == len(self.crc32) == len(self.own) == len(self.unified)
-        )
-        if not fits:
-            raise ValueError(f"{self.dtype}, {self.file} and {self.tasks} do not fit together")
+    tasks: tuple[Count, ...]
+    own: tuple[Sum, ...]
+    unified: tuple[Sum, ...]
 
     @property
     def count(self) -> int:
         """Entries of the tensor."""
         return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """`id`, for people, and `hub`, the reference that can be loaded from there."""
+
+    id: str
+    hub: str | None
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the manifest says beside its entries."""
+
+    base: _Reference
+    dtype: Dtype | None
+    rescaler: str
+    tasks: tuple[str, ...]
+    tensors: dict[str, Masked]
+
+
+def _key(name: str, task: int) -> str:
+    return f"{name}::mask-{task}"
 
 
 def identity(tensor: Tensor) -> str:
@@ -105,19 +123,12 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def files(out_path: Path | str) -> list[Path]:
-    """The masks beside a model, the manifest first."""
+    """The masks beside a model that a merge of ours has written, the manifest first.
+
+    Nothing else in a folder of that name, which may be the user's own.
+    """
     folder = Path(out_path) / FOLDER
-    patterns = (MANIFEST, "masks-*.safetensors", ".*.tmp") if _is_ours(folder) else ()
-    return [file for pattern in patterns for file in folder.glob(pattern)]
-
-
-def _is_ours(folder: Path) -> bool:
-    """Only by its manifest: a folder of that name may be the user's own."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == KIND
+    return [folder / name for name in owned(folder, KIND)]
 
 
 class Recorder:
@@ -150,6 +161,7 @@ class Recorder:
         self._rescaler: str | None = None
         self._files = 0
         self._held: dict[str, Tensor] = {}
+        self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
     def add(
@@ -182,19 +194,13 @@ class Recorder:
             unified.append(found.unified)
         keeps_base = self._rearranges and vocabulary
         seen = identity(base)
+        tasks = tuple(self.tasks[model] for model in models)
         with self._lock:
-            self._held[name] = torch.stack(packed)
+            self._held |= {_key(name, t): mask for t, mask in zip(tasks, packed, strict=True)}
             if keeps_base:
                 self._held[name + _BASE] = base.cpu().contiguous()
             self.tensors[name] = Masked(
-                _FILE.format(self._files),
-                tuple(base.shape),
-                str(base.dtype).removeprefix("torch."),
-                seen,
-                keeps_base,
-                tuple(self.tasks[model] for model in models),
-                tuple(map(_crc32, packed)),
-                tuple(own),
+                tuple(base.shape), dtype_of(base), seen, keeps_base, tasks, tuple(own),
                 tuple(unified),
             )
             if sum(t.nbytes for t in self._held.values()) >= WINDOW:
@@ -212,39 +218,25 @@ class Recorder:
             raise PaveError("rescaler must be one value for the whole model; remove its filters.")
 
     def _flush(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PaveError(
-                f"Cannot create the folder {self.folder} for the task masks: {error.strerror}; "
-                "merge into a folder that can be written."
-            ) from error
+        if not self._held:
+            return
+        make_folder(self.folder)
         held, self._held = self._held, {}
-        file = self.folder / _FILE.format(self._files)
+        path = self.folder / f"masks-{self._files:05d}.safetensors"
         self._files += 1
-        write_atomically(file, lambda path: save_file(held, path))
+        self._entries |= write_tensors(path, KIND, held)
 
     def finish(self) -> None:
         """Write what is left and the manifest, which makes the masks usable."""
         if not self.tensors:
             return
         self._flush()
-        manifest = {
-            "kind": KIND,
-            "format": FORMAT,
-            "version": version("mergekit-pave"),
-            "rescaler": self._rescaler,
-            "base": self._public_base,
-            "dtype": self._dtype,
-            "tasks": self._names,
-            "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()},
-        }
-        text = json.dumps(manifest, indent=1) + "\n"
-        write_atomically(self.folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
-
-
-def _crc32(packed: Tensor) -> int:
-    return zlib.crc32(packed.contiguous().numpy())
+        write_manifest(
+            self.folder, KIND, self._entries,
+            version=version("mergekit-pave"), rescaler=self._rescaler, base=self._public_base,
+            dtype=self._dtype, tasks=self._names,
+            tensors={name: asdict(tensor) for name, tensor in self.tensors.items()},
+        )
 
 
 class TaskMasks:
@@ -255,39 +247,33 @@ class TaskMasks:
     """
 
     def __init__(self, model: Path):
-        from mergekit.common import dtype_from_name
-
         self.folder = Path(model) / FOLDER
-        path = self.folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+        manifest = read_manifest(self.folder, KIND)
+        if manifest is None:
             raise PaveError(
                 f"{model} has no task masks (no {FOLDER}/{MANIFEST}); only a finished merge with "
                 "`merge_method: emr` or `pave_emr` leaves them."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise self._damaged(f"{MANIFEST}: {error}") from error
-        try:
-            if manifest["kind"] != KIND or manifest["format"] != FORMAT:
-                raise PaveError(
-                    f"{path} is not from this version of mergekit-pave; merge again."
-                )
-            self.tasks: list[str] = list(manifest["tasks"])
-            self.base: dict[str, str | None] = {k: manifest["base"][k] for k in ("id", "hub")}
-            self.dtype: str | None = manifest["dtype"]
-            self.rescaler: str = manifest["rescaler"]
-            self.tensors = {
-                name: Masked(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
-                for name, t in manifest["tensors"].items()
-            }
-            for name in {self.dtype, *(tensor.dtype for tensor in self.tensors.values())}:
-                dtype_from_name(name)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise self._damaged(f"{MANIFEST}: {error!r}") from error
+            )
+        self._archive = Archive(self.folder, KIND, manifest.get("entries"))
+        with self._archive.guard(f"{MANIFEST}: "):
+            about = parsed(_About, manifest)
+            self._check(about)
+        self._archive.check()
+        self.tasks, self.tensors = list(about.tasks), about.tensors
+        self.base: dict[str, str | None] = asdict(about.base)
+        self.dtype, self.rescaler = about.dtype, about.rescaler
 
-    def _damaged(self, what: str) -> PaveError:
-        return PaveError(f"The task masks in {self.folder} are damaged ({what}); merge again.")
+    def _check(self, about: _About) -> None:
+        """Raise `ValueError` unless every tensor's parts are there."""
+        for name, tensor in about.tensors.items():
+            if not len(tensor.tasks) == len(tensor.own) == len(tensor.unified):
+                raise ValueError(f"the lists of {name} differ in length")
+            if tensor.tasks and max(tensor.tasks) >= len(about.tasks):
+                raise ValueError(f"{name} has a task that is not listed")
+            for task in tensor.tasks:
+                self._archive.expect(_key(name, task), ((tensor.count + 7) // 8,), "uint8")
+            if tensor.keeps_base:
+                self._archive.expect(name + _BASE, tensor.shape, tensor.dtype)
 
     def task(self, name: str | int) -> int:
         """Index of a task: its public name, that name's last part, or the index itself, which
@@ -310,23 +296,13 @@ class TaskMasks:
         tensor = self.tensors.get(name)
         if tensor is None or task not in tensor.tasks:
             return None
-        row = tensor.tasks.index(task)
-        packed = self._read(tensor.file, name, row)
-        if len(packed) != (tensor.count + 7) // 8 or _crc32(packed) != tensor.crc32[row]:
-            raise self._damaged(f"{tensor.file}: wrong checksum of {name}")
-        return unpack(packed, tensor.shape)
+        return unpack(self._archive.tensor(_key(name, task)), tensor.shape)
 
     def kept_base(self, name: str) -> Tensor:
         """The base's values, of a tensor that `keeps_base`."""
-        tensor = self.tensors[name]
-        kept = self._read(tensor.file, name + _BASE)
-        if identity(kept) != tensor.base:
-            raise self._damaged(f"{tensor.file}: wrong values of {name + _BASE}")
-        return kept
+        return self._archive.tensor(name + _BASE)
 
-    def _read(self, file: str, key: str, row: int | None = None) -> Tensor:
-        try:
-            with safe_open(self.folder / file, "pt") as opened:
-                return opened.get_tensor(key) if row is None else opened.get_slice(key)[row]
-        except (SafetensorError, OSError, IndexError) as error:
-            raise self._damaged(f"{file}: {error}") from error
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in the folder, the manifest first."""
+        return [MANIFEST, *self._archive.files]

@@ -5,7 +5,6 @@ Each becomes a folder of its own (`compress_task`), which appears by rename when
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +21,10 @@ from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import LoaderOptions, model_source, read_config
 from mergekit_pave.recipe.parameters import RANK_FRACTION
 from mergekit_pave.recipe.reading import configuration
-from mergekit_pave.storage.covariances import MANIFEST
+from mergekit_pave.storage.archive import parsed, read_manifest
 from mergekit_pave.storage.files import appearing
 from mergekit_pave.storage.identity import digest
-from mergekit_pave.storage.low_rank import FORMAT
+from mergekit_pave.storage.low_rank import KIND
 from mergekit_pave.tasks.compress_task import Settings, Summary, compress_task
 
 
@@ -71,7 +70,9 @@ def compress(
             with appearing(out / name) as folder:
                 compress_task(tuned, source, folder, header, settings,
                               device or torch.device("cpu"))
-        summaries.append(Summary(**_manifest(out / name)["summary"]))
+        manifest = read_manifest(out / name, KIND) or {}
+        with KIND.guard(out / name):
+            summaries.append(parsed(Summary, manifest["summary"]))
     return summaries
 
 
@@ -124,17 +125,10 @@ def _check_output(out: Path, names: Iterable[str]) -> None:
 def _is_finished(folder: Path, header: Mapping[str, Any]) -> bool:
     if not folder.exists():
         return False
-    manifest = _manifest(folder)
-    if manifest.get("format") == FORMAT and all(manifest.get(k) == v for k, v in header.items()):
+    manifest = read_manifest(folder, KIND) or {}
+    if all(manifest.get(key) == value for key, value in header.items()):
         return True
     raise PaveError(
         f"{folder} is not from an interrupted run with these models and options; choose another "
         "folder."
     )
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -6,7 +6,6 @@ in memory.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,10 +26,10 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import companions, copy_companions
 from mergekit_pave.models.layers import empty_model
 from mergekit_pave.models.source import ModelSource, tokenizer_folder
-from mergekit_pave.storage.covariances import MANIFEST
+from mergekit_pave.storage.archive import dtype_of
 from mergekit_pave.storage.files import to_disk, write_atomically
 from mergekit_pave.storage.identity import checksum
-from mergekit_pave.storage.low_rank import FORMAT, KIND, LORA, MODEL, _Writer, pack
+from mergekit_pave.storage.low_rank import LORA, MODEL, Kept, Writer, pack
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def compress_task(
     Raises:
         PaveError: models that do not fit, or broken weights.
     """
-    writer, adapter = _Writer(folder), {}
+    writer, adapter = Writer(folder), {}
     linear = _linear_weights(tuned) if settings.lora else set()
     origin = ShardedTensorIndex.from_disk(base.path)
     loader, size, too_large = LazyTensorLoader(origin, lazy_unpickle=False), 0, 0
@@ -147,11 +146,11 @@ def compress_task(
             ) from error
         # Copies: tensors of a pickled checkpoint may share their memory.
         stored = {key: value.to("cpu", copy=True).contiguous() for key, value in stored.items()}
-        writer.add(name, stored, {
-            "how": how, "shape": tuple(tensor.shape), "dtype": _name(tensor.dtype),
-            "base": None if how == "whole" else checksum(there), "energy": energy,
-            "rank": len(stored["::s"]) if how == "factors" else None,
-        })
+        writer.add(name, stored, Kept(
+            how, tuple(tensor.shape), _held_dtype(name, tensor), energy=energy,
+            base=None if how == "whole" else checksum(there),
+            rank=len(stored["::s"]) if how == "factors" else None,
+        ))
         too_large += how == "whole" and there is not None and tensor.ndim == 2
         if how == "factors" and name in linear:
             adapter[name.removesuffix(".weight")] = stored
@@ -161,13 +160,7 @@ def compress_task(
         _write_adapter(folder / LORA, adapter, tuned.label, header["base"])
     summary = _summary(
         header["task"], writer, size, len(adapter) if settings.lora else None, too_large)
-    manifest = {
-        "kind": KIND, "format": FORMAT, "version": version("mergekit-pave"), **header,
-        "summary": asdict(summary),
-        "tensors": {name: asdict(kept) for name, kept in writer.tensors.items()},
-    }
-    text = json.dumps(manifest, indent=1) + "\n"
-    write_atomically(folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
+    writer.finish({"version": version("mergekit-pave"), **header, "summary": asdict(summary)})
 
 
 def _companions(model: ModelSource) -> dict[str, Path]:
@@ -179,12 +172,15 @@ def _companions(model: ModelSource) -> dict[str, Path]:
     return companions(folder) | found if folder else found
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _held_dtype(name: str, tensor: Tensor) -> str:
+    try:
+        return dtype_of(tensor)
+    except ValueError as error:
+        raise PaveError(f"{name} cannot be compressed: {error}.") from error
 
 
 def _summary(
-    task: str, writer: _Writer, size: int, adapter: int | None, too_large: int
+    task: str, writer: Writer, size: int, adapter: int | None, too_large: int
 ) -> Summary:
     ways = Counter(kept.how for kept in writer.tensors.values())
     parts = {n: kept for n, kept in writer.tensors.items() if kept.how == "factors"}

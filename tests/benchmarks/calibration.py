@@ -89,7 +89,7 @@ class Pass:
 
     def write(self, moments: dict[str, SecondMoment]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            StoreWriter(Path(folder)).take(dict(moments))
+            StoreWriter(Path(folder), "benchmark").take(dict(moments))
 
 
 def timed(work: dict[str, Callable], repeats: int, clock: Callable) -> dict[str, float]:

@@ -69,7 +69,7 @@ def layer(out: int, width: int, repeats: int, clock: Callable[[], float], device
         watch("forward", lambda: x @ w.mT)
         moment = watch("covariance", lambda: SecondMoment(width).add(x))
         with tempfile.TemporaryDirectory() as folder:
-            writer = StoreWriter(Path(folder))
+            writer = StoreWriter(Path(folder), "benchmark")
             watch("write", lambda writer=writer, moment=moment: writer.take({"site": moment}))
             store = writer.finish({}, {}, {})
             read: Callable = lambda store=store: store.covariance("site").to(device)  # noqa: E731

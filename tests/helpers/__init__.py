@@ -24,6 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave import cli
+from mergekit_pave.algebra.second_moment import SecondMoment
 from mergekit_pave.calibration.processes import Workers
 from mergekit_pave.calibration.samples import load_samples
 from mergekit_pave.check import check
@@ -281,11 +282,27 @@ def make_output(folder: Path, source: str) -> Path:
     return folder
 
 
+# What a manifest says at least.
+ABOUT = {
+    "model": {"id": "expert", "revision": None, "digest": "0"},
+    "data": {"dataset": "openai/gsm8k", "local": False, "tokens": 7},
+}
+
+
+def add_window(writer: StoreWriter, covariances: dict[str, tuple[torch.Tensor, int]]) -> None:
+    """Write one window: site -> (covariance `(width, width)`, rows)."""
+    moments = {}
+    for name, (covariance, rows) in covariances.items():
+        moments[name] = SecondMoment(len(covariance))
+        moments[name].sum, moments[name].count = covariance * rows, rows
+    writer.take(moments)
+
+
 def make_store(folder: Path, model: str = "expert", dataset: str = "openai/gsm8k",
                local: bool = False, rows: int = 640, width: int = 64) -> CovarianceStore:
     """A store of one site, as `calibrate` would write it."""
-    writer = StoreWriter(folder)
-    writer.add({"a.weight": (torch.eye(width), rows)})
+    writer = StoreWriter(folder, "run")
+    add_window(writer, {"a.weight": (torch.eye(width), rows)})
     weight = Weight("a.weight", (8, width), False, "float32")
     return writer.finish(
         {"a.weight": (weight, torch.zeros(512))}, {"lm_head.weight": "vocabulary layer"},

@@ -62,7 +62,7 @@ def test_one_bit_per_parameter_and_task_on_disk(emr_merged):
     assert {t.dtype for t in stored.values()} == {torch.uint8}
     assert sum(t.nbytes for t in stored.values()) == 3 * sum((n + 7) // 8 for n in sizes)
     # The header of a file is all that comes on top.
-    assert sum(f.stat().st_size for f in files) < 3 * sum(sizes) / 8 + 200 * len(sizes)
+    assert sum(f.stat().st_size for f in files) < 3 * sum(sizes) / 8 + 500 * len(sizes)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -33,6 +33,9 @@ def test_cache_that_cannot_be_written(good, tmp_path, monkeypatch):
 
     class Denied:
         def __init__(self, path):
+            pass
+
+        def acquire(self, timeout):
             raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("mergekit_pave.storage.files.FileLock", Denied)
@@ -57,13 +60,13 @@ def test_disk_full(good, tmp_path, monkeypatch, error, files):
         written.append(path)
         return save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr("mergekit_pave.storage.covariances.save_file", save)
+    monkeypatch.setattr("mergekit_pave.storage.archive.save_file", save)
     monkeypatch.setenv("MERGEKIT_PAVE_STATISTICS_MEMORY", "16000")
     good["parameters"]["num_calibration_samples"] = 4
     text = refused(good, tmp_path / "out")
     assert "No space left on device" in text and "Cannot write" in text
     left = [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert MANIFEST not in left and not [name for name in left if name.endswith(".tmp")]
+    assert MANIFEST not in left and not list((tmp_path / "cache").rglob(".mergekit-pave-*"))
     assert len([name for name in left if name.endswith(".safetensors")]) == files
     monkeypatch.undo()
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "cache"))
@@ -83,4 +86,4 @@ def test_disk_full_for_a_small_file(good, tmp_path, monkeypatch, name):
     text = refused(good, tmp_path / "out")
     assert name in text and "No space left on device" in text
     assert not list((tmp_path / "cache").rglob(MANIFEST))
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "cache").rglob(".mergekit-pave-*"))

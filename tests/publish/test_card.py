@@ -293,14 +293,14 @@ def test_a_card_that_is_cut_short_is_completed_by_the_next_run(tmp_path, monkeyp
     source = LOCAL.format(root="/home/a/b", home="/home/a")
     out = make_output(tmp_path / "out", source)
     expected = write_card(make_output(tmp_path / "whole" / "out", source))
-    write = card.write_atomically
+    write = card.write_text
 
     def failing(path, *rest):
         if path.name == "mergekit_config.yml":
             raise OSError("disk full")
         write(path, *rest)
 
-    monkeypatch.setattr(card, "write_atomically", failing)
+    monkeypatch.setattr(card, "write_text", failing)
     with pytest.raises(OSError, match="disk full"):
         write_card(out)
     monkeypatch.undo()

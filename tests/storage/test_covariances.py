@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import cached_repository
+from helpers import ABOUT, add_window, cached_repository
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -77,10 +77,10 @@ def entry(name: str, tensor: torch.Tensor):
 def store(tmp_path):
     torch.manual_seed(0)
     weights = {f"model.layers.{i}.up.weight": torch.randn(6, 4) for i in range(3)}
-    writer = StoreWriter(tmp_path / "store")
+    writer = StoreWriter(tmp_path / "store", "run")
     for name in weights:
-        writer.add({name: (torch.eye(4) * len(writer.sites), 7)})
-    made = writer.finish({n: entry(n, w) for n, w in weights.items()}, {"a.weight": "why"}, {})
+        add_window(writer, {name: (torch.eye(4) * len(writer.sites), 7)})
+    made = writer.finish({n: entry(n, w) for n, w in weights.items()}, {"a.weight": "why"}, ABOUT)
     made.originals = weights
     return made
 
@@ -165,7 +165,7 @@ def test_whose_a_store_is_can_be_told_without_its_covariances(store, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"kind": "other"}'])
 def test_a_foreign_manifest_is_refused(store, text):
     (store.folder / MANIFEST).write_text(text)
-    with pytest.raises(PaveError, match="not the manifest of a covariance store"):
+    with pytest.raises(PaveError, match="not the manifest of a .*covariance store|is damaged"):
         CovarianceStore(store.folder)
 
 
@@ -198,32 +198,32 @@ def test_flipped_bits_are_noticed_when_read(store):
 
 
 def test_a_second_writer_goes_on_and_drops_damaged_windows(tmp_path, caplog):
-    writer = StoreWriter(tmp_path)
-    writer.add({"a": (torch.eye(2), 1)})
-    writer.add({"b": (torch.eye(2), 1)})
-    assert set(StoreWriter(tmp_path).sites) == {"a", "b"}
+    writer = StoreWriter(tmp_path, "run")
+    add_window(writer, {"a": (torch.eye(2), 1)})
+    add_window(writer, {"b": (torch.eye(2), 1)})
+    assert set(StoreWriter(tmp_path, "run").sites) == {"a", "b"}
     file = tmp_path / "covariance-00001.safetensors"
     tensors = load_file(file)
-    save_file({"b": tensors["b"] + 1}, file, metadata={"sites": "{}"})
-    assert set(StoreWriter(tmp_path).sites) == {"a"}
+    save_file({"b": tensors["b"] + 1}, file, metadata={"mergekit-pave": "{}"})
+    assert set(StoreWriter(tmp_path, "run").sites) == {"a"}
     file.write_bytes(b"half")
-    resumed = StoreWriter(tmp_path)
-    assert set(resumed.sites) == {"a"} and "damaged file" in caplog.text
-    resumed.add({"b": (torch.eye(2), 1)})
-    assert set(StoreWriter(tmp_path).sites) == {"a", "b"}
+    resumed = StoreWriter(tmp_path, "run")
+    assert set(resumed.sites) == {"a"} and "is damaged or of another calibration" in caplog.text
+    add_window(resumed, {"b": (torch.eye(2), 1)})
+    assert set(StoreWriter(tmp_path, "run").sites) == {"a", "b"}
     (tmp_path / "covariance-00000.safetensors").write_bytes(b"half")
-    resumed = StoreWriter(tmp_path)
-    resumed.add({"a": (torch.eye(2), 2)})
-    assert set(StoreWriter(tmp_path).sites) == {"a", "b"}
+    resumed = StoreWriter(tmp_path, "run")
+    add_window(resumed, {"a": (torch.eye(2), 2)})
+    assert set(StoreWriter(tmp_path, "run").sites) == {"a", "b"}
 
 
 def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    writer = StoreWriter(tmp_path / "s")
+    writer = StoreWriter(tmp_path / "s", "run")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mergekit_pave.storage.files.os.replace", full)
     with pytest.raises(PaveError, match="Cannot write .*No space left on device"):
-        writer.add({"a": (torch.eye(2), 1)})
+        add_window(writer, {"a": (torch.eye(2), 1)})
     assert list((tmp_path / "s").iterdir()) == []

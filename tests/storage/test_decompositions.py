@@ -10,6 +10,8 @@ from mergekit_pave.algebra import subspace
 from mergekit_pave.algebra.subspace import Tail
 from mergekit_pave.storage import decompositions as tails
 
+F32 = torch.float32
+
 
 def test_sweeps_repeat_no_decomposition(families, texts, tmp_path, monkeypatch):
     paths = families("llama")
@@ -50,33 +52,33 @@ def test_a_few_other_values_are_another_weight():
 
 @pytest.fixture
 def tail():
-    return Tail(torch.eye(5, 3, dtype=torch.float64), torch.arange(3.0).double(), 7.5, "direct")
+    return Tail(torch.eye(5, 3), torch.arange(3.0).double(), 7.5, "direct")
 
 
 def test_a_longer_tail_serves_a_shorter_one(tmp_path, tail):
-    tails.remembered(tmp_path, "ab", 3, lambda: tail)
-    found = tails.remembered(tmp_path, "ab", 2, None)
+    tails.remembered(tmp_path, "ab", 3, F32, lambda: tail)
+    found = tails.remembered(tmp_path, "ab", 2, F32, None)
     assert torch.equal(found.basis, tail.basis[:, :2]) and found.largest == 7.5
     with pytest.raises(TypeError):
-        tails.remembered(tmp_path, "ab", 4, None)
+        tails.remembered(tmp_path, "ab", 4, F32, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"half", b"\0" * 64])
 def test_a_damaged_file_is_computed_again(tmp_path, tail, content):
-    tails.remembered(tmp_path, "ab", 3, lambda: tail)
+    tails.remembered(tmp_path, "ab", 3, F32, lambda: tail)
     (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(content)
-    assert tails.remembered(tmp_path, "ab", 3, lambda: tail) is tail
-    assert tails.remembered(tmp_path, "ab", 3, None).route == "direct"
+    assert tails.remembered(tmp_path, "ab", 3, F32, lambda: tail) is tail
+    assert tails.remembered(tmp_path, "ab", 3, F32, None).route == "direct"
 
 
 def test_a_flipped_bit_is_noticed(tmp_path, tail):
-    tails.remembered(tmp_path, "ab", 3, lambda: tail)
+    tails.remembered(tmp_path, "ab", 3, F32, lambda: tail)
     (file,) = tmp_path.glob("*/*.safetensors")
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    assert tails.remembered(tmp_path, "ab", 3, lambda: tail) is tail
+    assert tails.remembered(tmp_path, "ab", 3, F32, lambda: tail) is tail
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, tail, monkeypatch):
@@ -84,5 +86,5 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, tail, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mergekit_pave.storage.files.os.replace", full)
-    assert tails.remembered(tmp_path, "ab", 3, lambda: tail) is tail
+    assert tails.remembered(tmp_path, "ab", 3, F32, lambda: tail) is tail
     assert not list(tmp_path.glob("*/*.safetensors"))

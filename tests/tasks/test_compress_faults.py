@@ -215,19 +215,22 @@ def test_damage_is_named(families, tmp_path, damage):
     elif damage == "gone":
         file.unlink()
     elif damage == "manifest":
-        manifest.write_text('{"kind": "mergekit-pave compressed model", "format": 2}')
+        manifest.write_text('{"kind": "mergekit-pave compressed model", "format": 3}')
     elif damage in ("how", "dtype", "file", "outside"):
         content = json.loads(manifest.read_text())
-        kept = next(t for t in content["tensors"].values() if t["how"] == "factors")
-        key = damage if damage in kept else "file"
-        kept[key] = {"file": None, "outside": f"../expert1/{kept['file']}"}.get(damage, "x")
+        name = next(n for n, t in content["tensors"].items() if t["how"] == "factors")
+        if damage in ("how", "dtype"):
+            content["tensors"][name][damage] = "x"
+        else:
+            entry = content["entries"][f"{name}::u"]
+            entry["file"] = None if damage == "file" else f"../expert1/{entry['file']}"
         manifest.write_text(json.dumps(content))
     elif damage == "kind":
         manifest.write_text("[]")
-        words = "something else than a compressed model"
+        words = "not the manifest of a mergekit-pave compressed model"
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
-        words = "another version of mergekit-pave"
+        manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 9'))
+        words = "has format 9"
     with pytest.raises(PaveError, match=words):
         reconstruct(task, tmp_path / "m", base=str(paths["base"]))
     assert not (tmp_path / "m").exists()

@@ -17,6 +17,7 @@ from mergekit_pave.algebra.emr import elect
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import emr
 from mergekit_pave.storage import masks as task_masks
+from mergekit_pave.storage.files import appearing
 from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks import emr as emr_models
 from mergekit_pave.tasks.emr import load_task_model, materialize, task_tensors
@@ -108,12 +109,10 @@ def test_another_programs_folder_is_left_alone(emr_trio, tmp_path):
 
 
 def test_materialising_leaves_a_sibling_alone(emr_merged, tmp_path):
-    """`task.2` is being written while `task` appears; what a killed process left goes."""
-    busy, left = tmp_path / ".task.2.77.tmp", tmp_path / ".task.77.tmp"
-    busy.mkdir()
-    left.mkdir()
-    materialize(emr_merged, 0, tmp_path / "task")
-    assert busy.is_dir() and not left.exists()
+    """`task.2` is being written while `task` appears."""
+    with appearing(tmp_path / "task.2") as busy:
+        materialize(emr_merged, 0, tmp_path / "task")
+        assert busy.is_dir()
 
 
 def test_materialising_is_all_or_nothing(emr_merged, tmp_path, monkeypatch):
@@ -191,8 +190,8 @@ def test_damaged_files(emr_copy, emr_merged):
     next(iter(manifest["tensors"].values()))["dtype"] = "quint8"
     (emr_copy / MANIFEST).write_text(json.dumps(manifest))
     refused("are damaged (manifest.json: ", task_tensors, emr_copy, 0)
-    (emr_copy / MANIFEST).write_text(text.replace('"format": 2', '"format": 1'))
-    refused("not from this version", task_tensors, emr_copy, 0)
+    (emr_copy / MANIFEST).write_text(text.replace('"format": 3', '"format": 1'))
+    refused("has format 1", task_tensors, emr_copy, 0)
     (emr_copy / MANIFEST).write_text(text)
     assert equal(dict(task_tensors(emr_copy, 0)), dict(task_tensors(emr_merged, 0)))
     shard = sorted(emr_copy.glob("model-*.safetensors"))[0]
