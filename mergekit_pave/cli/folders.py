@@ -110,7 +110,8 @@ def materialize_command(merged, task, folder, base, rescaler, lora_merge_cache,
 
     OUT is what `merge_method: emr` or `pave_emr` wrote, a folder or a Hub id. TASK is one of the
     models that were merged: its Hub id, the last part of its path, or its number from 0; any
-    other word lists them. DIR becomes an ordinary model folder with OUT's config and tokenizer.
+    other word lists them. DIR becomes an ordinary model folder with that model's own config and
+    tokenizer.
 
     \b
     Examples:

@@ -26,6 +26,11 @@ _COMPANIONS = re.compile(
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of that name is a config, a tokenizer's, or remote code."""
+    return _COMPANIONS.fullmatch(name) is not None
+
+
 def companions(folder: Path) -> dict[str, Path]:
     """Config, tokenizer and remote code of a model folder, by name."""
     return {f.name: f for f in sorted(folder.iterdir())
@@ -38,11 +43,11 @@ def copy_companions(files: Mapping[str, Path], out: Path) -> None:
     for name, file in files.items():
         content = file.read_bytes()
         if name in ("config.json", "tokenizer_config.json"):
-            content = _public(content)
+            content = public_json(content)
         write_atomically(out / name, lambda path, content=content: path.write_bytes(content))
 
 
-def _public(content: bytes) -> bytes:
+def public_json(content: bytes) -> bytes:
     """A JSON mapping with local paths cut to their names."""
     values = json.loads(content)
     for key in _PATHS:

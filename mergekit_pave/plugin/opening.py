@@ -15,7 +15,8 @@ from mergekit_pave.calibration.stores import open_store
 from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.layers import LayerTable, layer_table
 from mergekit_pave.models.names import is_local, name_of
-from mergekit_pave.models.source import LoaderOptions, model_source
+from mergekit_pave.models.own_files import CONFIG, own_files
+from mergekit_pave.models.source import LoaderOptions, model_source, read_config
 from mergekit_pave.recipe.inputs import Input, covariance_source, unwrapped
 from mergekit_pave.recipe.parameters import CovarianceSource
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -74,6 +75,21 @@ def _masks(
         config.dtype,
         bool(rearranges),
     )
+
+
+def keep_own_files(
+    masks: Recorder, entries: Sequence[Input], out: Path, loading: LoaderOptions
+) -> None:
+    """Keep what lies beside each fine-tune's tensors, once the merge is written to `out`.
+
+    A merge that wrote no masks, or no config, is none that gives its fine-tunes back.
+    """
+    if not masks.tensors or not (out / CONFIG).is_file():
+        return
+    for entry in {entry.model: entry for entry in entries}.values():
+        base = read_config(entry.base, loading)
+        source = model_source(entry.model, loading)
+        masks.keep(entry.model, own_files(source, base, out, masks.rearranges))
 
 
 def _public(model: ModelReference) -> dict[str, str | None]:

@@ -29,7 +29,7 @@ from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.planned import refuse_partial
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.plugin import mends
-from mergekit_pave.plugin.opening import open_state
+from mergekit_pave.plugin.opening import keep_own_files, open_state
 from mergekit_pave.plugin.output import is_replaced_whole, refuse_inputs, taking_the_place
 from mergekit_pave.publish import record
 from mergekit_pave.recipe.inputs import inputs
@@ -97,6 +97,7 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
         with _method_of(name, state):
             result = merge(out)
         if state.masks:
+            keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()
         if options.write_model_card:
             record.write(out, record.of_merge(config, state))

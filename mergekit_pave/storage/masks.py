@@ -1,7 +1,9 @@
 """The task masks of an EMR merge on disk: the folder `emr` beside the merged model.
 
     manifest.json              base, tasks, and for every tensor the rescaler's sums
-    masks-NNNNN.safetensors    NAME::mask-I, uint8 `(ceil(numel / 8),)`: the mask of task I over the
+    masks-NNNNN.safetensors    FILE::of-I, uint8: what lies beside the tensors of task I, such as
+                               its config, where the merged model's differs
+                               NAME::mask-I, uint8 `(ceil(numel / 8),)`: the mask of task I over the
                                flattened tensor, 8 entries to a byte, the first in the lowest bit
 
 Where a merge rearranges the vocabulary, the base's own rows are no longer those of its
@@ -49,6 +51,8 @@ KIND = Kind(
     "mergekit-pave task masks", 3, "The task masks in {} are", "merge again"
 )
 _BASE = "::base"
+# Of a file of a model folder: nothing outside it.
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Packed masks held in memory before they are written.
 WINDOW = 64 * 2**20
@@ -99,6 +103,11 @@ class _About:
     rescaler: str
     tasks: tuple[str, ...]
     tensors: dict[str, Masked]
+    companions: tuple[tuple[FileName, ...], ...]
+
+
+def _beside(name: str, task: int) -> str:
+    return f"{name}::of-{task}"
 
 
 def _key(name: str, task: int) -> str:
@@ -157,10 +166,11 @@ class Recorder:
         self.tensors: dict[str, Masked] = {}
         self._names = list(models.values())
         self._base, self._public_base = base, dict(public_base)
-        self._dtype, self._rearranges = dtype, rearranges
+        self._dtype, self.rearranges = dtype, rearranges
         self._rescaler: str | None = None
         self._files = 0
         self._held: dict[str, Tensor] = {}
+        self._companions: list[tuple[str, ...]] = [() for _ in models]
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
@@ -192,7 +202,7 @@ class Recorder:
             packed.append(pack(found.mask))
             own.append(found.own)
             unified.append(found.unified)
-        keeps_base = self._rearranges and vocabulary
+        keeps_base = self.rearranges and vocabulary
         seen = identity(base)
         tasks = tuple(self.tasks[model] for model in models)
         with self._lock:
@@ -205,6 +215,16 @@ class Recorder:
             )
             if sum(t.nbytes for t in self._held.values()) >= WINDOW:
                 self._flush()
+
+    def keep(self, model: Hashable, files: Mapping[str, bytes | None]) -> None:
+        """Take what lies beside one model's tensors: content by name, `None` for the merge's."""
+        task = self.tasks[model]
+        with self._lock:
+            self._companions[task] = tuple(files)
+            for name, content in files.items():
+                if content is not None:
+                    values = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)
+                    self._held[_beside(name, task)] = values[: len(content)].clone()
 
     def _begin(self, base: Hashable, rescaler: str) -> None:
         with self._lock:
@@ -236,6 +256,7 @@ class Recorder:
             version=version("mergekit-pave"), rescaler=self._rescaler, base=self._public_base,
             dtype=self._dtype, tasks=self._names,
             tensors={name: asdict(tensor) for name, tensor in self.tensors.items()},
+            companions=self._companions,
         )
 
 
@@ -262,9 +283,12 @@ class TaskMasks:
         self.tasks, self.tensors = list(about.tasks), about.tensors
         self.base: dict[str, str | None] = asdict(about.base)
         self.dtype, self.rescaler = about.dtype, about.rescaler
+        self._companions = about.companions
 
     def _check(self, about: _About) -> None:
         """Raise `ValueError` unless every tensor's parts are there."""
+        if len(about.companions) != len(about.tasks):
+            raise ValueError("the tasks and what lies beside them differ in number")
         for name, tensor in about.tensors.items():
             if not len(tensor.tasks) == len(tensor.own) == len(tensor.unified):
                 raise ValueError(f"the lists of {name} differ in length")
@@ -301,6 +325,15 @@ class TaskMasks:
     def kept_base(self, name: str) -> Tensor:
         """The base's values, of a tensor that `keeps_base`."""
         return self._archive.tensor(name + _BASE)
+
+    def companions(self, task: int) -> dict[str, bytes | None]:
+        """What lies beside one task's tensors: content by name, `None` for the merge's file."""
+        found: dict[str, bytes | None] = {}
+        for name in self._companions[task]:
+            key = _beside(name, task)
+            known = key in self._archive.entries
+            found[name] = self._archive.tensor(key).numpy().tobytes() if known else None
+        return found
 
     @property
     def files(self) -> list[str]:

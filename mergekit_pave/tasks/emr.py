@@ -7,10 +7,10 @@ tensor at a time.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mergekit_pave.algebra.emr import RESCALERS, Sums, scale, task_weight
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished, companions
+from mergekit_pave.models.folder import check_finished, companions, is_companion
 from mergekit_pave.models.layers import empty_model
 from mergekit_pave.models.names import is_local
 from mergekit_pave.models.source import LoaderOptions, model_source, read_config
@@ -62,16 +62,40 @@ def load_task_model(
     """
     options = LoaderOptions(cache_dir, lora_merge_cache, None, trust_remote_code)
     folder = _folder(merged, options)
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(
-        folder, trust_remote_code=trust_remote_code)
+    config, generation = _own_settings(folder, task, trust_remote_code)
+    config = kwargs.pop("config", None) or config
     state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
     # An `AutoModel` looks for the code of a repository, and there is none: only a state.
     concrete = type(empty_model(config, trust_remote_code))
     loaded = concrete.from_pretrained(None, config=config, state_dict=state, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if generation:
+        model.generation_config = generation
     return loaded
+
+
+def _own_settings(
+    folder: Path, task: str | int, trust_remote_code: bool
+) -> tuple[transformers.PretrainedConfig, transformers.GenerationConfig | None]:
+    """Config and generation config of one task's model."""
+    with TemporaryDirectory() as temporary:
+        beside = Path(temporary)
+        _write_companions(folder, task, beside)
+        config = transformers.AutoConfig.from_pretrained(
+            beside, trust_remote_code=trust_remote_code)
+        if not (beside / "generation_config.json").exists():
+            return config, None
+        return config, transformers.GenerationConfig.from_pretrained(beside)
+
+
+def _write_companions(folder: Path, task: str | int, out: Path) -> None:
+    """Config, tokenizer and their like of one task's model: its own, or the merged model's."""
+    masks = TaskMasks(folder)
+    there = companions(folder)
+    for name, content in masks.companions(masks.task(task)).items():
+        if not is_companion(name) or (content is None and name not in there):
+            raise PaveError(f"{folder} has no {name}, which a task's model needs; merge again.")
+        (out / name).write_bytes(there[name].read_bytes() if content is None else content)
 
 
 def task_tensors(
@@ -126,7 +150,7 @@ def materialize(
 ) -> None:
     """Write one task's model as a folder of its own; it appears when it is complete.
 
-    Config and tokenizer are the merged model's. Arguments and errors as in `load_task_model`.
+    Config and tokenizer are the task's own. Arguments and errors as in `load_task_model`.
     """
     options = options or LoaderOptions()
     refuse_used(Path(out))
@@ -137,8 +161,7 @@ def materialize(
         for name, tensor in tensors:
             writer.save_tensor(name, tensor)
         writer.finalize()
-        for name, file in companions(folder).items():
-            shutil.copyfile(file, temporary / name)
+        _write_companions(folder, task, temporary)
 
 
 def _factor(masks: TaskMasks, task: int, rescaler: str | None) -> float:
