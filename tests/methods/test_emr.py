@@ -92,7 +92,7 @@ def test_purified_models_are_merged(emr_trio, texts, tmp_path, kind):
 
 def test_ratio_one_is_the_plain_method(emr_trio, emr_merged, tmp_path):
     config = emr_config(emr_trio("llama"), "pave_emr", parameters={"rank_ratio": 1.0})
-    merge(config, tmp_path / "out", out_shard_size=20_000)
+    merge(config, tmp_path / "out", copy_tokenizer=True, out_shard_size=20_000)
     assert equal(tensors_of(tmp_path / "out"), tensors_of(emr_merged))
     assert (tmp_path / "out" / MANIFEST).read_text() == (emr_merged / MANIFEST).read_text()
     assert equal(tensors_of(tmp_path / "out" / "emr"), tensors_of(emr_merged / "emr"))
