@@ -35,7 +35,8 @@ def _public(raw: Any, local: Collection[str], key: str = "") -> Any:
     if not isinstance(raw, str) or key not in _MODEL_KEYS | _DATA_KEYS:
         return raw
     if key in _DATA_KEYS:
-        return last_part(raw) if raw in local else name_of(raw)
+        # A URL is no path, even one that the record knows by another name: without its password.
+        return last_part(raw) if raw in local and "://" not in raw else name_of(raw)
     return "+".join(_public_part(part, local) for part in raw.split("+"))
 
 
