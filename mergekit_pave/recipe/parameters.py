@@ -1,7 +1,7 @@
 """The YAML parameters that purification adds to a merge method, in one table.
 
 Everything that knows a parameter's name, type, default or range reads it here: the merge
-methods, `mergekit-pave check`, the command line and the README's reference table.
+methods, `mergekit-pave check`, the command line and the reference in docs/.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ PARAMETERS = {p.name: p for p in (*CALIBRATION, COVARIANCE, *PURIFICATION)}
 
 
 def reference_table() -> str:
-    """The parameters as a Markdown table, as the README shows it."""
+    """The parameters as a Markdown table, as the reference shows it."""
     lines = ["| key | for | default | meaning |", "|---|---|---|---|"]
     for p in PARAMETERS.values():
         scope = "each model" if p.per_model else "the merge"
