@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,41 @@ def companions(folder: Path) -> dict[str, Path]:
     """Config, tokenizer and remote code of a model folder, by name."""
     return {f.name: f for f in sorted(folder.iterdir())
             if f.is_file() and _COMPANIONS.fullmatch(f.name)}
+
+
+_MODULES = "modules.json"
+_SENTENCES = (_MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+def sentence_files(folder: Path) -> dict[str, Path]:
+    """What sentence-transformers reads beside a model: settings, and the folders of its modules.
+
+    Names are relative to `folder`. There are none where it has no readable list of modules.
+    """
+    try:
+        modules = json.loads((folder / _MODULES).read_text("utf-8"))
+        paths = [module["path"] for module in modules]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    found = {name: folder / name for name in _SENTENCES if (folder / name).is_file()}
+    for path in paths:
+        # One plain folder beside the weights, and no link: a list from elsewhere leads nowhere.
+        if not isinstance(path, str) or not re.fullmatch(r"\w[\w.-]*", path):
+            continue
+        if (folder / path).is_dir() and not (folder / path).is_symlink():
+            files = sorted(f for f in (folder / path).iterdir() if f.is_file())
+            found |= {f"{path}/{file.name}": file for file in files}
+    return found
+
+
+def copy_sentence_files(folders: Iterable[Path], out: Path) -> None:
+    """Copy those of the first folder that has any, without replacing a file of `out`."""
+    found = next(filter(None, map(sentence_files, folders)), {})
+    for name, file in found.items():
+        if not (out / name).exists():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            content = file.read_bytes()
+            write_atomically(out / name, lambda path, content=content: path.write_bytes(content))
 
 
 def copy_companions(files: Mapping[str, Path], out: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from mergekit.common import ModelReference
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import companions
+from mergekit_pave.models.folder import companions, sentence_files
 from mergekit_pave.publish import record
 from mergekit_pave.recipe.reading import CONFIGURATION
 from mergekit_pave.storage import masks
@@ -98,7 +98,8 @@ def _earlier(out: Path) -> list[Path]:
     found = [*record.files(out), *masks.files(out)]
     if (out / CONFIGURATION).is_file() or found:
         known = [out / name for name in (_CARD, CONFIGURATION)]
-        found += [*_weights(out), *companions(out).values(), *filter(Path.is_file, known)]
+        found += [*_weights(out), *companions(out).values(),
+                  *sentence_files(out).values(), *filter(Path.is_file, known)]
     return found
 
 

@@ -26,8 +26,9 @@ from mergekit_pave.check.keys import ignored
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.methods.base import StatefulMethod
 from mergekit_pave.methods.layers import MergeState
+from mergekit_pave.models.folder import copy_sentence_files
 from mergekit_pave.models.planned import refuse_partial
-from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import mends
 from mergekit_pave.plugin.opening import keep_own_files, open_state
 from mergekit_pave.plugin.output import is_replaced_whole, refuse_inputs, taking_the_place
@@ -96,6 +97,7 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
             state = open_state(config, entries, out, options, loading)
         with _method_of(name, state):
             result = merge(out)
+        _keep_sentence_files(config, out, loading)
         if state.masks:
             keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()
@@ -104,6 +106,15 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
     if not options.quiet:
         _say(out_path, name, state)
     return result
+
+
+def _keep_sentence_files(config: MergeConfiguration, out: Path, loading: LoaderOptions) -> None:
+    """mergekit copies config and tokenizer alone; pooling and the like are the base's."""
+    if not (out / "config.json").is_file():
+        return
+    models = [config.base_model, *config.referenced_models()]
+    named = dict.fromkeys(model for model in models if model is not None)
+    copy_sentence_files((Path(model_source(model, loading).path) for model in named), out)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished, companions
+from mergekit_pave.models.folder import check_finished, companions, sentence_files
 from mergekit_pave.publish import record
 from mergekit_pave.publish.card import CARD, FIGURES, write_card
 from mergekit_pave.publish.store_card import store_card
@@ -48,7 +48,7 @@ def merge_files(folder: Path) -> list[str]:
     Raises:
         PaveError: the merge is not finished, or a file of it is a link that leads elsewhere.
     """
-    names = [*check_finished(folder), *companions(folder)]
+    names = [*check_finished(folder), *companions(folder), *sentence_files(folder)]
     if "auto_map" not in (folder / "config.json").read_text("utf-8"):
         names = [name for name in names if not name.endswith(".py")]
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
