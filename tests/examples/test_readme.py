@@ -85,3 +85,15 @@ def test_links_lead_somewhere(document):
         there = document.parent / path if path else document
         assert there.exists(), target
         assert not anchor or anchor in _anchors(there), target
+
+
+def test_sentences_in_troubleshooting_are_ones_that_the_code_says():
+    code = " ".join(re.sub(r'"\s*f?"', "", file.read_text("utf-8"))
+                    for file in (ROOT / "mergekit_pave").rglob("*.py"))
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quoted = [q for q in re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE)
+              if not q.startswith("Unimplemented")]  # mergekit's own
+    assert len(quoted) >= 8
+    for sentence in quoted:
+        for part in re.split(r"\.\.\.|; did|\b[NM]\b|\?", sentence):
+            assert part.strip() in code, part
