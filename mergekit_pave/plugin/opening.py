@@ -60,10 +60,15 @@ def open_state(
     return MergeState(stores, tables, _masks(config, entries, out, options))
 
 
+def writes_masks(entries: Sequence[Input]) -> bool:
+    """Whether a merge of these inputs leaves task masks."""
+    return bool(entries) and getattr(unwrapped(entries[0].method), "masks", False)
+
+
 def _masks(
     config: MergeConfiguration, entries: Sequence[Input], out: Path, options: MergeOptions
 ) -> Recorder | None:
-    if not entries or not getattr(unwrapped(entries[0].method), "masks", False):
+    if not writes_masks(entries):
         return None
     models = dict.fromkeys(entry.model for entry in entries)
     rearranges = config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings

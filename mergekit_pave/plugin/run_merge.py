@@ -30,11 +30,12 @@ from mergekit_pave.models.folder import copy_sentence_files
 from mergekit_pave.models.planned import refuse_partial
 from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import mends
-from mergekit_pave.plugin.opening import keep_own_files, open_state
+from mergekit_pave.plugin.opening import keep_own_files, open_state, writes_masks
 from mergekit_pave.plugin.output import is_replaced_whole, refuse_inputs, taking_the_place
 from mergekit_pave.publish import record
 from mergekit_pave.recipe.inputs import inputs
 from mergekit_pave.recipe.spelling import is_ours, looks_like_ours
+from mergekit_pave.storage.masks import refuse_others
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
     LoaderCache().setup(options=options)
     refuse_partial(config.referenced_models(), config.base_model, loading)
     entries = inputs(config)
+    if writes_masks(entries):
+        refuse_others(out_path)
     with taking_the_place(out_path) as out:
         # A caller's default device is for its own tensors.
         with torch.device("cpu"):

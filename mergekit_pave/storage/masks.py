@@ -140,6 +140,18 @@ def files(out_path: Path | str) -> list[Path]:
     return [folder / name for name in owned(folder, KIND)]
 
 
+def refuse_others(out_path: Path | str) -> None:
+    """Raise `PaveError` where masks beside that model would replace files that are not ours."""
+    folder = Path(out_path) / FOLDER
+    called = (*folder.glob(MANIFEST), *folder.glob("masks-*.safetensors"))
+    theirs = sorted({file.name for file in called} - {*owned(folder, KIND)})
+    if theirs:
+        raise PaveError(
+            f"The task masks go to {folder}, which holds {theirs[0]}, and no merge has written "
+            "that: move it, or merge into another folder."
+        )
+
+
 class Recorder:
     """Takes the masks of a merge, tensor by tensor and from any thread."""
 
@@ -289,6 +301,10 @@ class TaskMasks:
         """Raise `ValueError` unless every tensor's parts are there."""
         if len(about.companions) != len(about.tasks):
             raise ValueError("the tasks and what lies beside them differ in number")
+        for task, names in enumerate(about.companions):
+            for entry in filter(None, (self._archive.entries.get(_beside(n, task)) for n in names)):
+                if entry.dtype != "uint8" or len(entry.shape) != 1:
+                    raise ValueError("what lies beside a task is no file's content")
         for name, tensor in about.tensors.items():
             if not len(tensor.tasks) == len(tensor.own) == len(tensor.unified):
                 raise ValueError(f"the lists of {name} differ in length")

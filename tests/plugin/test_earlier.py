@@ -14,6 +14,7 @@ from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import check_finished
+from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks.emr import task_tensors
 
 
@@ -134,6 +135,22 @@ def test_a_folder_that_is_no_merge_keeps_its_files(paths, tmp_path):
     merge(emr_config(paths, "tsv_m"), out, **CARD)
     merge(emr_config(paths, "task_arithmetic", **WEIGHT), out, **CARD)
     assert all((out / name).read_text() == "mine" for name in mine)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "masks-00000.safetensors"])
+def test_masks_do_not_replace_files_of_the_user(paths, tmp_path, name):
+    theirs = tmp_path / "out" / "emr" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"kind": "mine"}')
+    (theirs.parent / "notes.txt").write_text("mine")
+    with pytest.raises(PaveError, match=f"holds {name}, and no merge has written that"):
+        merge(emr_config(paths, "emr"), tmp_path / "out", **CARD)
+    assert theirs.read_text() == '{"kind": "mine"}'
+    theirs.unlink()
+    merge(emr_config(paths, "emr"), tmp_path / "out", **CARD)
+    merge(emr_config(paths, "emr"), tmp_path / "out", **CARD)  # over its own
+    assert (theirs.parent / "notes.txt").read_text() == "mine"
+    assert TaskMasks(tmp_path / "out").tasks
 
 
 def test_the_folder_of_an_input_is_refused(paths, tmp_path):
