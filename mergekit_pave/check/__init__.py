@@ -6,6 +6,7 @@ mergekit itself ignores unknown keys and reads lists as gradients over the layer
     keys     the YAML alone: names, places and values of keys
     inputs   what the merge is made of: base, fine-tunes, slices
     output   what mergekit would only notice when it writes
+    planned  names and shapes that mergekit plans, against those in the models' files
     models   configs, calibration data and covariance stores
     settings what lies beside the weights, and differs between base and fine-tunes
 """
@@ -22,6 +23,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.keys import check_keys
 from mergekit_pave.check.models import Allowances, check_data, check_models
+from mergekit_pave.check.planned import check_planned
 from mergekit_pave.check.rules import check_inputs, check_output
 from mergekit_pave.check.settings import check_settings
 from mergekit_pave.errors import PaveError
@@ -40,6 +42,7 @@ def check(
         lambda: check_inputs(configuration(raw), options),
         lambda: check_output(configuration(raw)),
         lambda: check_models(configuration(raw), options, allowed),
+        lambda: check_planned(configuration(raw), options, allowed),
         lambda: check_settings(configuration(raw), options),
         lambda: check_data(configuration(raw), options),
     )

@@ -19,7 +19,6 @@ from mergekit_pave.calibration.samples import refuse_unreadable
 from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.planned import named_otherwise
 from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -55,10 +54,6 @@ def check_models(
                 f"{base.architectures[0]}; merging needs one architecture."
             )
             continue
-        if None in map(arch_info_for_config, (own, base)):
-            if fault := named_otherwise(model, own, base, options.trust_remote_code):
-                yield error(where, fault)
-                continue
         sliced = config.slices or any(m.slices for m in (config.modules or {}).values())
         yield from _check_layers(config, entry, own)
         for key in _WIDTHS if sliced else _LAYERS + _WIDTHS:

@@ -1,75 +1,389 @@
-"""What of a checkpoint mergekit would merge, where it plans by the names of a class."""
+"""What mergekit plans to merge, compared with what the checkpoints hold, both ways.
+
+mergekit plans by a list of names: its own definition of an architecture, or the names of the
+base's class. It skips, without a word, what a checkpoint holds beside them, and ends in a traceback
+where a checkpoint lacks one of them, after hours of calibration. Only headers are read here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from mergekit.architecture import arch_info_for_config
-from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
+from mergekit.architecture import arch_info_for_config, infer_architecture_info
+from mergekit.architecture.base import ModelArchitecture, WeightInfo
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import empty_model, linear_layers, model_class
-from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.models.architecture import by_names
+from mergekit_pave.models.checkpoint import Header, folder_of, headers, is_downloaded
+from mergekit_pave.models.layers import empty_model
+from mergekit_pave.models.renaming import ClassNames, is_buffer
+from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.storage.identity import same_layer
 
+logger = logging.getLogger(__name__)
 
-def refuse_partial(
-    models: Iterable[Hashable], base: Hashable | None, options: LoaderOptions
-) -> None:
-    """Refuse checkpoints that mergekit would cut down.
 
-    Where it has no definition of an architecture it takes the tensor names of the base's class in
-    today's transformers and skips, without a word, those that a checkpoint calls otherwise.
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model of a merge: what its files hold, and what its class makes of it.
+
+    `own` is `None` where the class cannot be built without the weights.
+    """
+
+    label: str
+    folder: Path
+    config: PretrainedConfig
+    headers: Mapping[str, Header]
+    own: ClassNames | None
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether nothing is lost without that tensor."""
+        if self.own is None:
+            return is_buffer(name)
+        if self.own.ignores(name):
+            return True
+        return any(own in self.own.tied for own in self.own.of(name))
+
+    @property
+    def random(self) -> list[str]:
+        """Tensors of the class that no file has: transformers starts them at random."""
+        return self.own.missing(self.headers) if self.own else []
+
+
+def read(model: ModelReference, options: LoaderOptions, fetch: bool = False) -> Checkpoint | None:
+    """A model's checkpoint by its headers; `None` where its files are not on this machine yet.
+
+    Args:
+        model: with an adapter, the copy it is merged into is read, and made with `fetch` only.
+        options: where downloads and merged copies are kept.
+        fetch: download what is missing.
 
     Raises:
-        PaveError: linear layers of a model would be missing from the merge.
+        PaveError: files that are missing, damaged, or fit no index. The message names the file.
     """
-    trust = options.trust_remote_code
-    named = dict.fromkeys(model for model in models if isinstance(model, ModelReference))
-    configs = {model: model.config(trust_remote_code=trust) for model in named}
-    if all(arch_info_for_config(config) is not None for config in configs.values()):
-        return
-    for model, config in configs.items():
-        there = LoaderCache().get(model).index.tensor_paths
-        missing = [name for name in _layers(config, trust) if name not in there]
-        if missing:
-            raise PaveError(
-                f"mergekit would leave {len(missing)} weights of {model} out of the merge "
-                f"(such as {missing[0]}): its checkpoint has the names of an older "
-                "transformers; load the model and save it again with "
-                "save_pretrained(DIR, save_original_format=False)."
-            )
-        if base in configs and (fault := named_otherwise(model, config, configs[base], trust)):
-            raise PaveError(fault)
+    if fetch:
+        folder = Path(model_source(model, options).path)
+    elif model.lora:
+        return None
+    else:
+        folder = folder_of(model.model, options.cache_dir)
+        if folder is None or not (Path(model.model.path).exists() or is_downloaded(folder)):
+            return None
+    return checkpoint(folder, str(model), model.config(options.trust_remote_code), options)
 
 
-def _layers(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """The weights of linear layers that a merge of such a model would treat."""
-    return list(linear_layers(empty_model(config, trust_remote_code)).modules)
+def checkpoint(
+    folder: Path, label: str, config: PretrainedConfig, options: LoaderOptions
+) -> Checkpoint:
+    """What the files of a local folder hold; errors as `read`."""
+    found = headers(folder)
+    try:
+        own = ClassNames(empty_model(config, options.trust_remote_code))
+    except Exception as error:  # whatever a model's code cannot do without values
+        logger.info("The class of %s cannot be built without weights: %s", label, error)
+        own = None
+    return Checkpoint(label, folder, config, found, own)
 
 
-def named_otherwise(
-    model: ModelReference, config: PretrainedConfig, base: PretrainedConfig,
-    trust_remote_code: bool,
-) -> str | None:
-    """What to say of a model whose class has layers of the base's class under other names.
+def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
+    """What to say of a checkpoint that lacks weights of its class: an error, and a warning.
 
-    Only for architectures that mergekit has no definition of.
+    Without weights of its body a model is none; a head may be another task's.
     """
-    if config.architectures == base.architectures:
-        return None
-    own, theirs = (_layers(c, trust_remote_code) for c in (config, base))
-    # One that only the base has, as a pooler, is merged as mergekit merges it.
-    missing = [name for name in theirs
-               if name not in own and any(same_layer(name, other) for other in own)]
-    if not missing:
-        return None
-    name, of_base = model_class(config).__name__, model_class(base).__name__
-    return (
-        f"mergekit would leave {len(missing)} weights of {model} out of the merge: what the base, "
-        f"a {of_base}, calls {missing[0]} has another name in a {name}; load the base with "
-        f"{name}.from_pretrained and save it again with save_pretrained(DIR, "
-        "save_original_format=False)."
+    random = item.random
+    if not random:
+        return None, None
+    cls = item.own.label
+    body = [name for name in random if item.own.in_body(name)]
+    unknown = [name for name in item.headers if not item.own.of(name)]
+    if not body:
+        return None, (
+            f"{item.label} has no weights for {', '.join(random[:3])}{', ...' if random[3:] else ''}"
+            f" of its class {cls}: transformers starts them at random."
+        )
+    text = f"{item.label} lacks {len(body)} of the weights of its class {cls}, such as {body[0]}"
+    if unknown:
+        return f"{text}; it has {unknown[0]}, which {cls} does not know: {_renaming(unknown, item)}.", (
+            None)
+    return f"{text}; download or save that checkpoint again.", None
+
+
+def _renaming(unknown: Sequence[str], item: Checkpoint) -> str:
+    """How to mend foreign names."""
+    prefix = unknown[0].split(".")[0] + "."
+    if all(name.startswith(prefix) for name in item.headers):
+        stripped = [name.removeprefix(prefix) for name in item.headers]
+        if not item.own.missing(stripped):
+            return f"take the prefix `{prefix}` off all names in its files"
+    return ("correct `architectures` in its config.json, or save it again with save_pretrained from "
+            "the class that it was trained with")
+
+
+@dataclass
+class Comparison:
+    """How a plan fits the checkpoints.
+
+    Attributes:
+        absent: (model, tensor) that mergekit would ask for, and the checkpoint lacks.
+        lost: (model, tensor) that would be missing from the merge.
+        left: (model, tensor) of fine-tunes that the base has no place for: heads of another task,
+            and what their own class does not know.
+        sizes: sentences about tensors of different shapes.
+    """
+
+    absent: list[tuple[Checkpoint, str]] = field(default_factory=list)
+    lost: list[tuple[Checkpoint, str]] = field(default_factory=list)
+    left: list[tuple[Checkpoint, str]] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return not self.absent and not self.lost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An architecture for mergekit, and what to say of it."""
+
+    architecture: ModelArchitecture
+    comparison: Comparison
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    config: MergeConfiguration, checkpoints: Mapping[ModelReference, Checkpoint],
+    options: LoaderOptions, crimes: bool = False,
+) -> Plan:
+    """The first plan that loses nothing: mergekit's definition, the base's names, or the class's.
+
+    Args:
+        config: the merge, not yet rewritten by mergekit's planner.
+        checkpoints: of every model it refers to.
+        options: mergekit's loading options.
+        crimes: mergekit's `--allow-crimes`, models of several architectures.
+
+    Raises:
+        PaveError: no plan loses nothing; the message names tensors, model and mend.
+    """
+    base = checkpoints[config.base_model or config.referenced_models()[0]]
+    defined = [arch_info_for_config(item.config) for item in checkpoints.values()]
+    definition = defined[0] if None not in defined else None
+    if definition and not crimes and any(other != definition for other in defined):
+        definition = None
+    tried: list[tuple[ModelArchitecture, Comparison]] = []
+    for make in _plans(config, checkpoints, base, definition, options):
+        architecture = make()
+        _refuse_parts(config, architecture)
+        tried.append((architecture, compare(architecture, base, checkpoints.values())))
+        if tried[-1][1].fits or crimes:
+            return Plan(*tried[-1], notes=_notes(definition, base, tried))
+    raise PaveError(_refusal(base, tried[-1][1], checkpoints.values()))
+
+
+def _plans(
+    config: MergeConfiguration, checkpoints: Mapping[ModelReference, Checkpoint], base: Checkpoint,
+    definition: ModelArchitecture | None, options: LoaderOptions,
+) -> Iterator[Callable[[], ModelArchitecture]]:
+    if definition:
+        yield lambda: definition
+    # `modules:` names those of the definition.
+    if not (definition and config.modules):
+        others = [item.headers for item in checkpoints.values() if item is not base]
+        yield lambda: by_names(base.headers, others, base.own, base.config, definition)
+    if definition is None:
+        yield lambda: _inferred(checkpoints, base, options)
+
+
+def _inferred(
+    checkpoints: Mapping[ModelReference, Checkpoint], base: Checkpoint, options: LoaderOptions
+) -> ModelArchitecture:
+    """mergekit's inference, which converts between versions; it takes no adapters."""
+    # It remembers models by name, and files may have changed since.
+    infer_architecture_info.cache_clear()
+    local = {key: ModelReference(model=ModelPath(path=str(item.folder)))
+             for key, item in checkpoints.items()}
+    own = next(local[key] for key, item in checkpoints.items() if item is base)
+    return infer_architecture_info(
+        tuple(dict.fromkeys(local.values())), own, MergeOptions(
+            trust_remote_code=options.trust_remote_code, transformers_cache=options.cache_dir))
+
+
+def compare(
+    architecture: ModelArchitecture, base: Checkpoint, checkpoints: Iterable[Checkpoint]
+) -> Comparison:
+    """Names and shapes of a plan against those of each checkpoint, both ways."""
+    checkpoints = list(checkpoints)
+    found, at_base = Comparison(), {}
+    for item in sorted(checkpoints, key=lambda item: item is not base):
+        used: set[str] = set()
+        for weight in architecture.all_weights(item.config):
+            names = (weight.name, *(weight.aliases or ()))
+            if weight.optional and not any(n in c.headers for n in names for c in checkpoints):
+                continue
+            name = _resolved(weight, item)
+            if name is not None:
+                used.add(name)
+                shape = item.headers[name].shape
+                there = at_base.setdefault(weight.name, (weight, shape))[1]
+                if shape != there and not _same_but(shape, there, weight.vocabulary_axis):
+                    found.sizes.append(
+                        f"{name} of {item.label} is {shape}, and {there} in the base "
+                        f"{base.label}: merge fine-tunes of this base only.")
+            elif parts := _converted(weight, item):
+                used.update(parts)
+            elif not weight.optional:
+                found.absent.append((item, weight.name))
+        for name in item.headers:
+            if name not in used and not item.is_harmless(name):
+                kind = found.left if item is not base and _no_place(name, item, base) else found.lost
+                kind.append((item, name))
+    return found
+
+
+def _resolved(weight: WeightInfo, item: Checkpoint) -> str | None:
+    """The tensor of the checkpoint that mergekit loads for it as it is."""
+    names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+    return next((name for name in names if name in item.headers), None)
+
+
+def _converted(weight: WeightInfo, item: Checkpoint) -> list[str]:
+    """The tensors of the checkpoint that mergekit turns into it by transformers' tables."""
+    if item.own is None:
+        return []
+    wanted = {weight.name, *(weight.aliases or ())}
+    parts = [name for name in item.headers if wanted & set(item.own.of(name))]
+    kind = getattr(item.config, "model_type", None)
+    if parts and any(can_convert_checkpoint_keys(kind, set(parts), target) for target in wanted):
+        return parts
+    return []
+
+
+def _same_but(one: Sequence[int], other: Sequence[int], axis: int | None) -> bool:
+    """Whether two shapes differ in the number of tokens at most, which `check` looks at."""
+    return axis is not None and len(one) == len(other) and all(
+        a == b for i, (a, b) in enumerate(zip(one, other, strict=True)) if i != axis)
+
+
+def _no_place(name: str, item: Checkpoint, base: Checkpoint) -> bool:
+    """Whether a fine-tune's tensor is the head of a task that the base has not, or of no class."""
+    if item.own is None or name in base.headers:
+        return False
+    targets = item.own.of(name)
+    if base.own and any(base.own.shape(target) for target in targets):
+        return False
+    return not any(item.own.in_body(target) for target in targets)
+
+
+def _refuse_parts(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
+    there = set(architecture.modules)
+    if config.slices and len(there) > 1:
+        raise PaveError(
+            f"slices: the model has several stacks of layers ({', '.join(sorted(there))}); list "
+            "whole `models` instead."
+        )
+    if config.modules and (wrong := sorted(there ^ set(config.modules))):
+        what = "the model has no such module" if wrong[0] in config.modules else (
+            "that module would be missing from the merge")
+        raise PaveError(f"modules.{wrong[0]}: {what}; name all of {', '.join(sorted(there))}.")
+
+
+def _notes(
+    definition: ModelArchitecture | None, base: Checkpoint,
+    tried: Sequence[tuple[ModelArchitecture, Comparison]],
+) -> tuple[str, ...]:
+    notes = []
+    if definition is not None and len(tried) > 1:
+        first = tried[0][1]
+        lost = {name for _, name in first.lost} or {name for _, name in first.absent}
+        notes.append(
+            f"mergekit's definition of {(base.config.architectures or ['?'])[0]} does not fit "
+            f"{len(lost)} tensors of these checkpoints (such as {min(lost)}); the merge is planned "
+            "by the checkpoints' own names."
+        )
+    by_model: dict[str, list[str]] = {}
+    for item, name in tried[-1][1].left:
+        by_model.setdefault(item.label, []).append(name)
+    notes += [
+        f"{len(names)} tensors of {label} have no place in the base and are left out of the merge "
+        f"({', '.join(names[:3])}{', ...' if names[3:] else ''})."
+        for label, names in by_model.items()
+    ]
+    if tried[-1][1].lost:  # --allow-crimes
+        lost = [f"{name} of {item.label}" for item, name in tried[-1][1].lost]
+        notes.append(f"{len(lost)} tensors are left out of the merge, such as {lost[0]}.")
+    return tuple(notes)
+
+
+def _refusal(base: Checkpoint, found: Comparison, checkpoints: Iterable[Checkpoint]) -> str:
+    faults = found.lost + found.absent
+    item = next((c for c, _ in faults if c is not base), faults[0][0])
+    names = [name for c, name in faults if c is item]
+    other = base if item is not base else next((c for c in checkpoints if c is not base), base)
+    kinds = [(c.config.architectures or ["?"])[0] for c in (item, base)]
+    there = next(((n, o) for n in names for o in other.headers
+                  if o not in item.headers and o != n and same_layer(n, o)), None)
+    text = f"mergekit would leave {len(names)} weights of {item.label} out of the merge"
+    if found.lost and there:
+        text += f": what it calls {there[0]}, {other.label}"
+        text += f", a {kinds[1]}," if kinds[0] != kinds[1] and other is base else ""
+        text += f" calls {there[1]}"
+    else:
+        text += f" (such as {names[0]}): " + (
+            "the base has no tensors of those names" if found.lost else
+            "mergekit plans them, and the checkpoint lacks them")
+    cls = kinds[0]
+    return text + (
+        f"; load every model of the merge with {cls}.from_pretrained and save it again with "
+        "save_pretrained(DIR, save_original_format=False)."
     )
+
+
+def refuse_incomplete(out: Path | str, config: MergeConfiguration, options: LoaderOptions) -> None:
+    """Compare the names of a finished merge with its class and, tensor by tensor, with the base.
+
+    Args:
+        out: the merge's folder, with its config.
+        config: what was merged.
+        options: mergekit's loading options.
+
+    Raises:
+        PaveError: a file is damaged, or the merge lacks what the base has.
+    """
+    out = Path(out)
+    base_model = config.base_model or config.referenced_models()[0]
+    base = read(base_model, options, fetch=True)
+    written = ModelReference(model=ModelPath(path=str(out))).config(options.trust_remote_code)
+    merged = checkpoint(out, str(out), written, options)
+    known = {_anywhere(name) for name in base.random}
+    lacking = [name for name in merged.random if _anywhere(name) not in known]
+    there = {*merged.headers, *(t for n in merged.headers for t in _targets(merged, n))}
+    if merged.own and base.own and merged.own.tensors == base.own.tensors:
+        lacking += [name for name in base.headers if name not in there
+                    and not base.is_harmless(name) and not there.intersection(_targets(base, name))]
+    else:  # slices made a model of another depth
+        kinds = {_anywhere(name) for name in there}
+        lacking += [name for name in base.headers
+                    if _anywhere(name) not in kinds and not base.is_harmless(name)
+                    and not any(_anywhere(t) in kinds for t in _targets(base, name))]
+    if lacking:
+        raise PaveError(
+            f"The merge in {out} lacks {len(lacking)} tensors that the base has, such as "
+            f"{lacking[0]}: do not use it; merge again, and report the configuration if it recurs."
+        )
+
+
+def _targets(item: Checkpoint, name: str) -> tuple[str, ...]:
+    return item.own.of(name) if item.own else ()
+
+
+def _anywhere(name: str) -> str:
+    """A name without its layers' numbers: slices make models of other depths."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

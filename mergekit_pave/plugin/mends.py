@@ -1,4 +1,4 @@
-"""Mends for defects of mergekit 0.1.5, and the two places where our merges reach into it.
+"""Mends for defects of mergekit 0.1.5, and the three places where our merges reach into it.
 
 A mend only turns a crash into what was meant, and does nothing once mergekit is mended.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from mergekit.architecture import ModelArchitecture
 from mergekit.merge_methods import MergeMethod, registry
 
 from mergekit_pave.models.merged_copies import merged_copy
@@ -172,3 +173,18 @@ def let_planner_ask(planner: type, method: Callable[[], MergeMethod | None]) -> 
 def unregister(method: MergeMethod) -> None:
     """Take a method out of mergekit's registry, which has no way to do so."""
     registry._METHODS.pop(method.spec.name, None)
+
+
+def let_merges_know(merge: ModuleType, architecture: Callable[[], ModelArchitecture | None]) -> None:
+    """Let `mergekit.merge` plan by the architecture that a merge has made ready, if it has.
+
+    mergekit's own leaves out tensors that some checkpoints have, and asks for others that they
+    lack.
+    """
+    original = merge.get_architecture_info
+
+    @functools.wraps(original)
+    def get_architecture_info(*args, **kwargs):
+        return architecture() or original(*args, **kwargs)
+
+    merge.get_architecture_info = get_architecture_info

@@ -17,6 +17,7 @@ from typing import Any
 import click
 import torch
 from mergekit import merge_methods
+from mergekit.architecture import ModelArchitecture
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -24,10 +25,11 @@ from mergekit.options import MergeOptions
 from mergekit_pave import check
 from mergekit_pave.check.keys import ignored
 from mergekit_pave.check.models import Allowances
+from mergekit_pave.check.planned import architecture
 from mergekit_pave.methods.base import StatefulMethod
 from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.folder import copy_sentence_files
-from mergekit_pave.models.planned import refuse_partial
+from mergekit_pave.models.planned import refuse_incomplete
 from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import mends
 from mergekit_pave.plugin.opening import keep_own_files, open_state, writes_masks
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 # The copy of a method that the merge of this context works with. A planner takes it over in the
 # thread that called `run_merge`; worker threads find it in mergekit's registry, by its own name.
 _METHOD: ContextVar[StatefulMethod | None] = ContextVar("method", default=None)
+# What the merge of this context is planned by.
+_ARCHITECTURE: ContextVar[ModelArchitecture | None] = ContextVar("architecture", default=None)
 
 
 def attach(module: ModuleType) -> None:
@@ -73,6 +77,7 @@ def attach(module: ModuleType) -> None:
 
     module.run_merge = around
     mends.let_planner_ask(module.MergePlanner, _METHOD.get)
+    mends.let_merges_know(module, _ARCHITECTURE.get)
 
 
 def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, source) -> Any:
@@ -90,7 +95,8 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
     for warning in check.preflight(config, source, loading, allowed):
         logger.warning("%s", warning)
     LoaderCache().setup(options=options)
-    refuse_partial(config.referenced_models(), config.base_model, loading)
+    # Downloads the models, so that one that does not fit is refused before any is calibrated.
+    planned = architecture(config, loading, allowed)
     entries = inputs(config)
     if writes_masks(entries):
         refuse_others(out_path)
@@ -98,9 +104,10 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
         # A caller's default device is for its own tensors.
         with torch.device("cpu"):
             state = open_state(config, entries, out, options, loading)
-        with _method_of(name, state):
+        with _method_of(name, state), _planned_as(planned):
             result = merge(out)
         _keep_sentence_files(config, out, loading)
+        refuse_incomplete(out, config, loading)
         if state.masks:
             keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()
@@ -135,6 +142,15 @@ def _method_of(name: str, state: MergeState) -> Iterator[None]:
     finally:
         _METHOD.reset(token)
         mends.unregister(own)
+
+
+@contextmanager
+def _planned_as(planned: ModelArchitecture) -> Iterator[None]:
+    token = _ARCHITECTURE.set(planned)
+    try:
+        yield
+    finally:
+        _ARCHITECTURE.reset(token)
 
 
 def _say(out_path: Path | str, name: str, state: MergeState) -> None:

@@ -1,0 +1,76 @@
+"""The merge as it would be planned against the files of its models, by their headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit.architecture.base import ModelArchitecture
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+from mergekit_pave.check.finding import Finding, error
+from mergekit_pave.check.models import Allowances
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.adapters import unfit
+from mergekit_pave.models.planned import Checkpoint, incomplete, plan, read
+from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.recipe.inputs import inputs
+
+
+def check_planned(
+    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances, fetch: bool = False
+) -> Iterator[Finding]:
+    """Whether every file can be read and every tensor of every model is merged or named.
+
+    Models of the Hub that are not on this machine are left to the merge, which asks again with
+    `fetch` before it calibrates.
+    """
+    found: dict[ModelReference, Checkpoint] = {}
+    places = _places(config)
+    for model in config.referenced_models():
+        where = places.get(model, "")
+        try:
+            item = read(model, options, fetch)
+            if model.lora and not fetch and (fault := unfit(model, options)):
+                yield error(where, fault)
+        except PaveError as fault:
+            yield error(where, str(fault))
+            continue
+        if item is None:
+            continue
+        found[model] = item
+        fault, note = incomplete(item)
+        if fault:
+            yield error(where, fault)
+        if note:
+            yield Finding("warning", where, note)
+    if len(found) < len(config.referenced_models()):
+        return
+    made = plan(config, found, options, allowed.crimes)
+    for note in made.notes:
+        yield Finding("warning", "", note)
+    if not (config.slices or allowed.crimes):
+        for fault in made.comparison.sizes:
+            yield error("", fault)
+
+
+def architecture(
+    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances
+) -> ModelArchitecture:
+    """What mergekit shall merge, with every file of the models at hand or fetched.
+
+    Raises:
+        PaveError: the first error of `check_planned`.
+    """
+    found = {model: read(model, options, fetch=True) for model in config.referenced_models()}
+    for item in found.values():
+        if fault := incomplete(item)[0]:
+            raise PaveError(fault)
+    return plan(config, found, options, allowed.crimes).architecture
+
+
+def _places(config: MergeConfiguration) -> dict[ModelReference, str]:
+    places = {entry.model: entry.where for entry in inputs(config)}
+    if config.base_model:
+        places[config.base_model] = "base_model"
+    return places
