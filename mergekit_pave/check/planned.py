@@ -12,7 +12,8 @@ from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapters import unfit
-from mergekit_pave.models.planned import Checkpoint, incomplete, plan, read
+from mergekit_pave.models.checkpoint import Checkpoint, incomplete, read
+from mergekit_pave.models.planned import plan
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.inputs import inputs
 
@@ -27,8 +28,7 @@ def check_planned(
     """
     found: dict[ModelReference, Checkpoint] = {}
     places = _places(config)
-    for model in config.referenced_models():
-        where = places.get(model, "")
+    for model, where in places.items():
         try:
             item = read(model, options, fetch)
             if model.lora and not fetch and (fault := unfit(model, options)):
@@ -44,7 +44,7 @@ def check_planned(
             yield error(where, fault)
         if note:
             yield Finding("warning", where, note)
-    if len(found) < len(config.referenced_models()):
+    if len(found) < len(places):
         return
     made = plan(config, found, options, allowed.crimes)
     for note in made.notes:
@@ -62,7 +62,7 @@ def architecture(
     Raises:
         PaveError: the first error of `check_planned`.
     """
-    found = {model: read(model, options, fetch=True) for model in config.referenced_models()}
+    found = {model: read(model, options, fetch=True) for model in _places(config)}
     for item in found.values():
         if fault := incomplete(item)[0]:
             raise PaveError(fault)
@@ -70,7 +70,9 @@ def architecture(
 
 
 def _places(config: MergeConfiguration) -> dict[ModelReference, str]:
-    places = {entry.model: entry.where for entry in inputs(config)}
+    """Every model, and where the YAML names it; the fine-tunes in their order."""
+    places = {entry.model: entry.where for entry in reversed(inputs(config))}
+    places = dict(reversed(places.items()))
     if config.base_model:
         places[config.base_model] = "base_model"
-    return places
+    return places | {model: "" for model in config.referenced_models() if model not in places}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mergekit.common import ModelReference
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.checkpoint import ADAPTERS, adapter_headers, folder_of
+from mergekit_pave.models.headers import ADAPTERS, adapter_headers, folder_of
 from mergekit_pave.models.layers import empty_model
 from mergekit_pave.models.source import LoaderOptions
 
@@ -45,10 +45,10 @@ def unfit(model: ModelReference, options: LoaderOptions) -> str | None:
             header.shape[1 if factor == _FACTORS[0] else 0] in there)
         if (not factor and header.shape != there) or not fits:
             return (
-                f"The adapter {model.lora} does not fit {model.model}: its {key} is {header.shape}, "
-                f"and {name} is {there}; where it was trained with added tokens, load the model, "
-                "resize_token_embeddings to its tokenizer, load the adapter, merge_and_unload, "
-                "save_pretrained, and name that folder."
+                f"The adapter {model.lora} does not fit {model.model}: its {key} is "
+                f"{header.shape}, and {name} is {there}; where it was trained with added tokens, "
+                "load the model, resize_token_embeddings to its tokenizer, load the adapter, "
+                "merge_and_unload, save_pretrained, and name that folder."
             )
     return None
 

@@ -1,9 +1,9 @@
 """A plan for mergekit from the names in a checkpoint, where its own definition does not fit.
 
 mergekit's definitions list the tensors of an architecture in its usual form. They miss the biases
-of a Llama with `attention_bias`, the experts of layers that only some checkpoints have, and names of
-other versions. The checkpoint's own names are complete by definition, and transformers loads the
-merge by them as it loads the base.
+of a Llama with `attention_bias`, the experts of layers that only some checkpoints have, and names
+of other versions. The checkpoint's own names are complete by definition, and transformers loads
+the merge by them as it loads the base.
 """
 
 from __future__ import annotations

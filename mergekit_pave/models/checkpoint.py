@@ -1,197 +1,119 @@
-"""The names, shapes and dtypes in the weight files of a folder, read from their headers alone."""
+"""One model of a merge as its files have it, and whether they hold all that its class needs."""
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
-from collections.abc import Iterable
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from mergekit.common import ModelPath
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from mergekit.common import ModelReference
+from transformers import PretrainedConfig
 
-from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import WEIGHTS
+from mergekit_pave.models.headers import Header, folder_of, headers, is_downloaded
+from mergekit_pave.models.layers import empty_model
+from mergekit_pave.models.renaming import ClassNames, is_buffer
+from mergekit_pave.models.source import LoaderOptions, model_source
 
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_LFS = b"version https://git-lfs"
-_INDEX = ".index.json"
-_AGAIN = "download or save that checkpoint again"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Header:
-    """One tensor of a checkpoint: the file that holds it, its shape, its dtype as stored."""
+class Checkpoint:
+    """One model of a merge: what its files hold, and what its class makes of it.
 
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def folder_of(path: ModelPath, cache_dir: str | None) -> Path | None:
-    """The model's folder, or its snapshot in the Hub's cache; `None` while it is not there."""
-    folder = Path(path.path)
-    if folder.exists():
-        return folder
-    try:
-        return Path(snapshot_download(
-            path.path, revision=path.revision, cache_dir=cache_dir, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-
-
-def is_downloaded(snapshot: Path) -> bool:
-    """Whether a snapshot of the Hub's cache holds all of a model's weights, not its config alone.
-
-    An index that cannot be read counts as one: reading the headers then says what is wrong.
+    `own` is `None` where the class cannot be built without the weights.
     """
-    for name in WEIGHTS:
-        if (snapshot / (name + _INDEX)).exists():
-            try:
-                return all((snapshot / file).exists() for file in
-                           _listed(snapshot / (name + _INDEX)).values())
-            except PaveError:
-                return True
-        if (snapshot / name).exists():
+
+    label: str
+    folder: Path
+    config: PretrainedConfig
+    headers: Mapping[str, Header]
+    own: ClassNames | None
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether nothing is lost without that tensor."""
+        if self.own is None:
+            return is_buffer(name)
+        if self.own.ignores(name):
             return True
-    return False
+        return any(own in self.own.tied for own in self.own.of(name))
+
+    @property
+    def random(self) -> list[str]:
+        """Tensors of the class that no file has: transformers starts them at random."""
+        return self.own.missing(self.headers) if self.own else []
 
 
-def headers(folder: Path) -> dict[str, Header]:
-    """Every tensor that mergekit would find in `folder`, by its name.
+def read(model: ModelReference, options: LoaderOptions, fetch: bool = False) -> Checkpoint | None:
+    """A model's checkpoint by its headers; `None` where its files are not on this machine yet.
+
+    Args:
+        model: with an adapter, the copy it is merged into is read, and made with `fetch` only.
+        options: where downloads and merged copies are kept.
+        fetch: download what is missing.
 
     Raises:
-        PaveError: no weights, a missing, damaged or cut file, or an index that does not fit the
-            files. The message names the file.
+        PaveError: files that are missing, damaged, or fit no index. The message names the file.
     """
-    name = next((n for n in WEIGHTS if any(
-        (folder / (n + end)).exists() for end in ("", _INDEX))), None)
-    if name is None:
-        raise PaveError(_no_weights(folder))
-    index = folder / (name + _INDEX)
-    if not index.exists():
-        return _read(folder / name)
-    listed = _listed(index)
-    if (folder / name).exists() and name not in listed.values():
-        raise PaveError(
-            f"{folder} holds the weights of two models: mergekit reads {index.name}, transformers "
-            f"{name}; delete one of them."
-        )
-    found: dict[str, Header] = {}
-    for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
-            raise PaveError(
-                f"{folder / shard} is missing, which {index.name} names; {_AGAIN}.")
-        found |= _read(folder / shard)
-    _compare(index, listed, found)
-    return found
+    if fetch:
+        folder = Path(model_source(model, options).path)
+    elif model.lora:
+        return None
+    else:
+        folder = folder_of(model.model, options.cache_dir)
+        if folder is None or not (Path(model.model.path).exists() or is_downloaded(folder)):
+            return None
+    return checkpoint(folder, str(model), model.config(options.trust_remote_code), options)
 
 
-def adapter_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of an adapter; errors as `headers`."""
-    return _read(next(folder / name for name in ADAPTERS if (folder / name).exists()))
-
-
-def _listed(index: Path) -> dict[str, str]:
+def checkpoint(
+    folder: Path, label: str, config: PretrainedConfig, options: LoaderOptions
+) -> Checkpoint:
+    """What the files of a local folder hold; errors as `read`."""
+    found = headers(folder)
     try:
-        listed = json.loads(_text(index))["weight_map"]
-        inside = all(isinstance(file, str) and Path(file).name == file and file not in ("", "..")
-                     for file in listed.values())
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise PaveError(f"{index} is no index of weights; {_AGAIN}.") from fault
-    if not inside:
-        raise PaveError(f"{index} names files outside its folder; {_AGAIN}.")
-    return listed
+        own = ClassNames(empty_model(config, options.trust_remote_code))
+    except Exception as error:  # whatever a model's code cannot do without values
+        logger.info("The class of %s cannot be built without weights: %s", label, error)
+        own = None
+    return Checkpoint(label, folder, config, found, own)
 
 
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    if content.startswith(_LFS):
-        raise PaveError(_pointer(path))
-    return content.decode("utf-8")
+def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
+    """What to say of a checkpoint that does not fit its class: an error, and a warning.
+
+    Without weights of its body a model is none; a head may be another task's.
+    """
+    if item.own is None:
+        return None, None
+    random, cls = item.random, item.own.label
+    for name, header in item.headers.items():
+        there = item.own.shape(item.own.one(name) or "")
+        if there not in (None, header.shape):
+            return (f"{name} of {item.label} is {header.shape}, and by its config {there}: correct "
+                    "config.json, or download or save that checkpoint again."), None
+    if not random:
+        return None, None
+    body = [name for name in random if item.own.in_body(name)]
+    unknown = [name for name in item.headers if not item.own.of(name)]
+    if not body:
+        names = ", ".join(random[:3]) + (", ..." if random[3:] else "")
+        return None, (f"{item.label} has no weights for {names} of its class {cls}: transformers "
+                      "starts them at random.")
+    text = f"{item.label} lacks {len(body)} of the weights of its class {cls}, such as {body[0]}"
+    if unknown:
+        text += f"; it has {unknown[0]}, which {cls} does not know: {_renaming(unknown, item)}."
+        return text, None
+    return f"{text}; download or save that checkpoint again.", None
 
 
-def _compare(index: Path, listed: dict[str, str], found: dict[str, Header]) -> None:
-    absent = [name for name, file in listed.items()
-              if name not in found or found[name].file != file]
-    if absent:
-        raise PaveError(
-            f"{index.parent / listed[absent[0]]} lacks {absent[0]}, which {index.name} says is in "
-            f"it{_and_more(absent)}; {_AGAIN}."
-        )
-    extra = [name for name in found if name not in listed]
-    if extra:
-        raise PaveError(
-            f"{index} does not list {extra[0]} of {found[extra[0]].file}{_and_more(extra)}; "
-            f"{_AGAIN}."
-        )
-
-
-def _and_more(names: Iterable[str]) -> str:
-    more = len(list(names)) - 1
-    return f" (and {more} more)" if more else ""
-
-
-def _read(path: Path) -> dict[str, Header]:
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise PaveError(_pointer(path))
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path)
-
-
-def _pointer(path: Path) -> str:
-    return (f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder, "
-            "or download the model with `hf download`.")
-
-
-def _read_safetensors(path: Path) -> dict[str, Header]:
-    try:
-        with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: Header(path.name, tuple(part.get_shape()), part.get_dtype())
-                    for name, part in parts.items()}
-    except (SafetensorError, OSError, ValueError) as fault:
-        raise PaveError(f"{path} is cut short or damaged ({fault}); {_AGAIN}.") from fault
-
-
-def _read_pickle(path: Path) -> dict[str, Header]:
-    """Shapes of a pickled checkpoint; its values stay on disk, and nothing but tensors is read."""
-    try:
-        state: Any = torch.load(
-            path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as fault:
-        reason = str(fault).strip().splitlines()[0].rstrip(".") if str(fault).strip() else "cut"
-        raise PaveError(
-            f"{path} is cut short, damaged, or holds more than tensors ({reason}); {_AGAIN}, as "
-            "safetensors."
-        ) from fault
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise PaveError(f"{path} holds no state of a model; {_AGAIN}.")
-    return {name: Header(path.name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _no_weights(folder: Path) -> str:
-    there = sorted(path.name for path in folder.iterdir() if path.is_file())
-    wanted = f"{WEIGHTS[0]} or {WEIGHTS[0]}{_INDEX}"
-    for name in WEIGHTS:
-        stem, end = name.rsplit(".", 1)
-        if shard := next((f for f in there if f.startswith(stem + "-") and f.endswith(end)), None):
-            return (f"{folder} holds shards of weights such as {shard} without their index "
-                    f"{name}{_INDEX}; {_AGAIN}.")
-    other = next((f for f in there if f.endswith((
-        ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"))), None)
-    if other:
-        return (f"{folder} has no weights that mergekit reads ({wanted}), only {other}: load the "
-                "model with transformers and save it again with save_pretrained.")
-    return f"{folder} has no weights ({wanted} is missing); {_AGAIN}."
+def _renaming(unknown: Sequence[str], item: Checkpoint) -> str:
+    """How to mend foreign names."""
+    prefix = unknown[0].split(".")[0] + "."
+    if all(name.startswith(prefix) for name in item.headers):
+        stripped = [name.removeprefix(prefix) for name in item.headers]
+        if not item.own.missing(stripped):
+            return f"take the prefix `{prefix}` off all names in its files"
+    return ("correct `architectures` in its config.json, or save it again with save_pretrained "
+            "from the class that it was trained with")

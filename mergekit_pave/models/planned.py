@@ -7,7 +7,6 @@ where a checkpoint lacks one of them, after hours of calibration. Only headers a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,113 +17,12 @@ from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from transformers import PretrainedConfig
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.architecture import by_names
-from mergekit_pave.models.checkpoint import Header, folder_of, headers, is_downloaded
-from mergekit_pave.models.layers import empty_model
-from mergekit_pave.models.renaming import ClassNames, is_buffer
-from mergekit_pave.models.source import LoaderOptions, model_source
+from mergekit_pave.models.checkpoint import Checkpoint, checkpoint, read
+from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.storage.identity import same_layer
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One model of a merge: what its files hold, and what its class makes of it.
-
-    `own` is `None` where the class cannot be built without the weights.
-    """
-
-    label: str
-    folder: Path
-    config: PretrainedConfig
-    headers: Mapping[str, Header]
-    own: ClassNames | None
-
-    def is_harmless(self, name: str) -> bool:
-        """Whether nothing is lost without that tensor."""
-        if self.own is None:
-            return is_buffer(name)
-        if self.own.ignores(name):
-            return True
-        return any(own in self.own.tied for own in self.own.of(name))
-
-    @property
-    def random(self) -> list[str]:
-        """Tensors of the class that no file has: transformers starts them at random."""
-        return self.own.missing(self.headers) if self.own else []
-
-
-def read(model: ModelReference, options: LoaderOptions, fetch: bool = False) -> Checkpoint | None:
-    """A model's checkpoint by its headers; `None` where its files are not on this machine yet.
-
-    Args:
-        model: with an adapter, the copy it is merged into is read, and made with `fetch` only.
-        options: where downloads and merged copies are kept.
-        fetch: download what is missing.
-
-    Raises:
-        PaveError: files that are missing, damaged, or fit no index. The message names the file.
-    """
-    if fetch:
-        folder = Path(model_source(model, options).path)
-    elif model.lora:
-        return None
-    else:
-        folder = folder_of(model.model, options.cache_dir)
-        if folder is None or not (Path(model.model.path).exists() or is_downloaded(folder)):
-            return None
-    return checkpoint(folder, str(model), model.config(options.trust_remote_code), options)
-
-
-def checkpoint(
-    folder: Path, label: str, config: PretrainedConfig, options: LoaderOptions
-) -> Checkpoint:
-    """What the files of a local folder hold; errors as `read`."""
-    found = headers(folder)
-    try:
-        own = ClassNames(empty_model(config, options.trust_remote_code))
-    except Exception as error:  # whatever a model's code cannot do without values
-        logger.info("The class of %s cannot be built without weights: %s", label, error)
-        own = None
-    return Checkpoint(label, folder, config, found, own)
-
-
-def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
-    """What to say of a checkpoint that lacks weights of its class: an error, and a warning.
-
-    Without weights of its body a model is none; a head may be another task's.
-    """
-    random = item.random
-    if not random:
-        return None, None
-    cls = item.own.label
-    body = [name for name in random if item.own.in_body(name)]
-    unknown = [name for name in item.headers if not item.own.of(name)]
-    if not body:
-        return None, (
-            f"{item.label} has no weights for {', '.join(random[:3])}{', ...' if random[3:] else ''}"
-            f" of its class {cls}: transformers starts them at random."
-        )
-    text = f"{item.label} lacks {len(body)} of the weights of its class {cls}, such as {body[0]}"
-    if unknown:
-        return f"{text}; it has {unknown[0]}, which {cls} does not know: {_renaming(unknown, item)}.", (
-            None)
-    return f"{text}; download or save that checkpoint again.", None
-
-
-def _renaming(unknown: Sequence[str], item: Checkpoint) -> str:
-    """How to mend foreign names."""
-    prefix = unknown[0].split(".")[0] + "."
-    if all(name.startswith(prefix) for name in item.headers):
-        stripped = [name.removeprefix(prefix) for name in item.headers]
-        if not item.own.missing(stripped):
-            return f"take the prefix `{prefix}` off all names in its files"
-    return ("correct `architectures` in its config.json, or save it again with save_pretrained from "
-            "the class that it was trained with")
 
 
 @dataclass
@@ -243,8 +141,8 @@ def compare(
                 found.absent.append((item, weight.name))
         for name in item.headers:
             if name not in used and not item.is_harmless(name):
-                kind = found.left if item is not base and _no_place(name, item, base) else found.lost
-                kind.append((item, name))
+                foreign = item is not base and _no_place(name, item, base)
+                (found.left if foreign else found.lost).append((item, name))
     return found
 
 

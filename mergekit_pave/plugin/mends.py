@@ -175,7 +175,9 @@ def unregister(method: MergeMethod) -> None:
     registry._METHODS.pop(method.spec.name, None)
 
 
-def let_merges_know(merge: ModuleType, architecture: Callable[[], ModelArchitecture | None]) -> None:
+def let_merges_know(
+    merge: ModuleType, architecture: Callable[[], ModelArchitecture | None]
+) -> None:
     """Let `mergekit.merge` plan by the architecture that a merge has made ready, if it has.
 
     mergekit's own leaves out tensors that some checkpoints have, and asks for others that they

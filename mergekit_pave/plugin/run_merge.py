@@ -92,22 +92,25 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
     loading = LoaderOptions.of(options)
     refuse_inputs(out_path, config.referenced_models())
     allowed = Allowances(options.allow_crimes, options.unsafe_truncate_embeddings)
-    for warning in check.preflight(config, source, loading, allowed):
-        logger.warning("%s", warning)
-    LoaderCache().setup(options=options)
-    # Downloads the models, so that one that does not fit is refused before any is calibrated.
-    planned = architecture(config, loading, allowed)
+    # A caller's default device is for its own tensors.
+    with torch.device("cpu"):
+        for warning in check.preflight(config, source, loading, allowed):
+            logger.warning("%s", warning)
+        LoaderCache().setup(options=options)
+        # Downloads the models, so that one that does not fit is refused before any is calibrated.
+        planned = architecture(config, loading, allowed)
     entries = inputs(config)
     if writes_masks(entries):
         refuse_others(out_path)
     with taking_the_place(out_path) as out:
-        # A caller's default device is for its own tensors.
         with torch.device("cpu"):
             state = open_state(config, entries, out, options, loading)
         with _method_of(name, state), _planned_as(planned):
             result = merge(out)
         _keep_sentence_files(config, out, loading)
         refuse_incomplete(out, config, loading)
+        with torch.device("cpu"):
+            refuse_incomplete(out, config, loading)
         if state.masks:
             keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()

@@ -1,0 +1,197 @@
+"""The names, shapes and dtypes in the weight files of a folder, read from their headers alone."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from mergekit.common import ModelPath
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.folder import WEIGHTS
+
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_LFS = b"version https://git-lfs"
+_INDEX = ".index.json"
+_AGAIN = "download or save that checkpoint again"
+
+
+@dataclass(frozen=True)
+class Header:
+    """One tensor of a checkpoint: the file that holds it, its shape, its dtype as stored."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def folder_of(path: ModelPath, cache_dir: str | None) -> Path | None:
+    """The model's folder, or its snapshot in the Hub's cache; `None` while it is not there."""
+    folder = Path(path.path)
+    if folder.exists():
+        return folder
+    try:
+        return Path(snapshot_download(
+            path.path, revision=path.revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def is_downloaded(snapshot: Path) -> bool:
+    """Whether a snapshot of the Hub's cache holds all of a model's weights, not its config alone.
+
+    An index that cannot be read counts as one: reading the headers then says what is wrong.
+    """
+    for name in WEIGHTS:
+        if (snapshot / (name + _INDEX)).exists():
+            try:
+                return all((snapshot / file).exists() for file in
+                           _listed(snapshot / (name + _INDEX)).values())
+            except PaveError:
+                return True
+        if (snapshot / name).exists():
+            return True
+    return False
+
+
+def headers(folder: Path) -> dict[str, Header]:
+    """Every tensor that mergekit would find in `folder`, by its name.
+
+    Raises:
+        PaveError: no weights, a missing, damaged or cut file, or an index that does not fit the
+            files. The message names the file.
+    """
+    name = next((n for n in WEIGHTS if any(
+        (folder / (n + end)).exists() for end in ("", _INDEX))), None)
+    if name is None:
+        raise PaveError(_no_weights(folder))
+    index = folder / (name + _INDEX)
+    if not index.exists():
+        return _read(folder / name)
+    listed = _listed(index)
+    if (folder / name).exists() and name not in listed.values():
+        raise PaveError(
+            f"{folder} holds the weights of two models: mergekit reads {index.name}, transformers "
+            f"{name}; delete one of them."
+        )
+    found: dict[str, Header] = {}
+    for shard in sorted(set(listed.values())):
+        if not (folder / shard).is_file():
+            raise PaveError(
+                f"{folder / shard} is missing, which {index.name} names; {_AGAIN}.")
+        found |= _read(folder / shard)
+    _compare(index, listed, found)
+    return found
+
+
+def adapter_headers(folder: Path) -> dict[str, Header]:
+    """Every tensor of an adapter; errors as `headers`."""
+    return _read(next(folder / name for name in ADAPTERS if (folder / name).exists()))
+
+
+def _listed(index: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(_text(index))["weight_map"]
+        inside = all(isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+                     for file in listed.values())
+    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        raise PaveError(f"{index} is no index of weights; {_AGAIN}.") from fault
+    if not inside:
+        raise PaveError(f"{index} names files outside its folder; {_AGAIN}.")
+    return listed
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    if content.startswith(_LFS):
+        raise PaveError(_pointer(path))
+    return content.decode("utf-8")
+
+
+def _compare(index: Path, listed: dict[str, str], found: dict[str, Header]) -> None:
+    absent = [name for name, file in listed.items()
+              if name not in found or found[name].file != file]
+    if absent:
+        raise PaveError(
+            f"{index.parent / listed[absent[0]]} lacks {absent[0]}, which {index.name} says is in "
+            f"it{_and_more(absent)}; {_AGAIN}."
+        )
+    extra = [name for name in found if name not in listed]
+    if extra:
+        raise PaveError(
+            f"{index} does not list {extra[0]} of {found[extra[0]].file}{_and_more(extra)}; "
+            f"{_AGAIN}."
+        )
+
+
+def _and_more(names: Iterable[str]) -> str:
+    more = len(list(names)) - 1
+    return f" (and {more} more)" if more else ""
+
+
+def _read(path: Path) -> dict[str, Header]:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise PaveError(_pointer(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pickle(path)
+
+
+def _pointer(path: Path) -> str:
+    return (f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder, "
+            "or download the model with `hf download`.")
+
+
+def _read_safetensors(path: Path) -> dict[str, Header]:
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Header(path.name, tuple(part.get_shape()), part.get_dtype())
+                    for name, part in parts.items()}
+    except (SafetensorError, OSError, ValueError) as fault:
+        raise PaveError(f"{path} is cut short or damaged ({fault}); {_AGAIN}.") from fault
+
+
+def _read_pickle(path: Path) -> dict[str, Header]:
+    """Shapes of a pickled checkpoint; its values stay on disk, and nothing but tensors is read."""
+    try:
+        state: Any = torch.load(
+            path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as fault:
+        reason = str(fault).strip().splitlines()[0].rstrip(".") if str(fault).strip() else "cut"
+        raise PaveError(
+            f"{path} is cut short, damaged, or holds more than tensors ({reason}); {_AGAIN}, as "
+            "safetensors."
+        ) from fault
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise PaveError(f"{path} holds no state of a model; {_AGAIN}.")
+    return {name: Header(path.name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _no_weights(folder: Path) -> str:
+    there = sorted(path.name for path in folder.iterdir() if path.is_file())
+    wanted = f"{WEIGHTS[0]} or {WEIGHTS[0]}{_INDEX}"
+    for name in WEIGHTS:
+        stem, end = name.rsplit(".", 1)
+        if shard := next((f for f in there if f.startswith(stem + "-") and f.endswith(end)), None):
+            return (f"{folder} holds shards of weights such as {shard} without their index "
+                    f"{name}{_INDEX}; {_AGAIN}.")
+    other = next((f for f in there if f.endswith((
+        ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"))), None)
+    if other:
+        return (f"{folder} has no weights that mergekit reads ({wanted}), only {other}: load the "
+                "model with transformers and save it again with save_pretrained.")
+    return f"{folder} has no weights ({wanted} is missing); {_AGAIN}."
