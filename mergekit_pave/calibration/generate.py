@@ -293,7 +293,7 @@ def _generate(
     try:
         return write_rows(
             load_model(source, device=resources.device, max_memory=resources.max_memory,
-                       scratch=offloaded),
+                       scratch=offloaded, head=True),
             form, spec.num_samples, length, spec.seed, spec.batch_size, source.label)
     except NotFinite as error:
         raise PaveError(culprit(source) or f"{source.label}: {error}") from error

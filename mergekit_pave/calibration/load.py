@@ -13,7 +13,8 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import logger, model_class, refuse_quantised
+from mergekit_pave.models.layers import model_class, refuse_quantised
+from mergekit_pave.models.loaded import NO_ADAPTER, refuse_other_values, refuse_random
 from mergekit_pave.models.source import ModelSource
 
 
@@ -80,6 +81,7 @@ def load_model(
     max_memory: int | None = None,
     scratch: Path | None = None,
     other_head: bool = False,
+    head: bool = False,
 ) -> PreTrainedModel:
     """Load for forward passes only, placed by accelerate; weights may stay in their shards.
 
@@ -91,9 +93,11 @@ def load_model(
         scratch: folder for a copy of those weights that cannot be read from their shards:
             of pickled checkpoints, and those that transformers rearranges (experts).
         other_head: the caller replaces the head: one of another size, or none, is no fault.
+        head: what follows needs the model's own head, which must not be random.
 
     Raises:
-        PaveError: the checkpoint is quantised, or transformers cannot load it.
+        PaveError: the checkpoint is quantised, transformers cannot load it, or loads something
+            else than its files hold.
     """
     config = source.config()
     refuse_quantised(config, source.label)
@@ -113,18 +117,13 @@ def load_model(
         extra["ignore_mismatched_sizes"] = True
     try:
         model, info = cls.from_pretrained(
-            source.path, config=config, dtype=dtype, output_loading_info=True, **placement, **extra
+            source.path, config=config, dtype=dtype, output_loading_info=True, **NO_ADAPTER,
+            **placement, **extra,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise PaveError(f"Cannot load {source.label} for calibration: {error}") from error
-    missing = sorted(info.get("missing_keys") or ())
-    if other_head:
-        missing = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
-    if missing:
-        logger.warning(
-            "%s has no weights for %s of the tensors of %s (%s, ...): they start at random.",
-            source.label, len(missing), type(model).__name__, missing[0],
-        )
+    refuse_random(model, info, source.label, head=head)
+    refuse_other_values(model, source.tensors(), source.label)
     model.eval()
     return model
 

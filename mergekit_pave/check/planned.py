@@ -38,10 +38,11 @@ def check_planned(
             continue
         if item is None:
             continue
-        found[model] = item
         fault, note = incomplete(item)
         if fault:
             yield error(where, fault)
+            continue
+        found[model] = item
         if note:
             yield Finding("warning", where, note)
     if len(found) < len(places):

@@ -57,7 +57,7 @@ def opened(
         with _no_bars():
             model = load_model(
                 source, device=resources.device, max_memory=resources.max_memory,
-                scratch=scratch, other_head=head is not None)
+                scratch=scratch, other_head=head is not None, head=head is None)
         if head is not None:
             put_head(model, head)
         yield model

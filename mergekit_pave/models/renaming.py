@@ -28,6 +28,8 @@ _BUFFERS = re.compile(
     r"|(attn|attention|self_attn|SelfAttention)\.(bias|mask)|embed_positions\._float_tensor)$"
 )
 
+_POOLER = re.compile(r"(^|\.)pooler\.")
+
 
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a constant that models compute anew: nothing is lost without it."""
@@ -109,9 +111,13 @@ class ClassNames:
         return tuple(self._state[name].shape) if name in self._state else None
 
     def in_body(self, name: str) -> bool:
-        """Whether a tensor of the class belongs to its body, and not to a head for one task."""
-        prefix = f"{self._prefix}." if self._prefix else ""
-        return name.startswith(prefix) or not self._has_body
+        """Whether a tensor of the class belongs to its body, and not to a head for one task.
+
+        A pooler counts as a head: models of one body have it or not, by their task.
+        """
+        if _POOLER.search(name):
+            return False
+        return not self._has_body or name.startswith(f"{self._prefix}.")
 
     @cached_property
     def _has_body(self) -> bool:

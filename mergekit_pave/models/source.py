@@ -155,9 +155,16 @@ class ModelSource:
         )
 
     def identity(self) -> str:
-        """sha256 of what a forward pass depends on: the weights, and the config's settings."""
+        """sha256 of what a forward pass depends on: weights, the config's settings, and code."""
         settings = json.dumps(_settings(self.config().to_diff_dict()), sort_keys=True, default=str)
-        return hashlib.sha256(f"{digest(self.tensors())}|{settings}".encode()).hexdigest()
+        # 2: the first kind had statistics of models with an adapter under the name without it.
+        text = f"2|{digest(self.tensors())}|{settings}|{self._code()}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _code(self) -> str:
+        """sha256 of the folder's own Python files, where they may run."""
+        files = sorted(Path(self.path).rglob("*.py")) if self.trust_remote_code else []
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every checkpoint tensor, shard by shard, without loading the model."""

@@ -26,7 +26,8 @@ from mergekit_pave.algebra.emr import RESCALERS, Sums, scale, task_weight
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import check_finished, companions, is_companion
 from mergekit_pave.models.layers import empty_model
-from mergekit_pave.models.names import is_local
+from mergekit_pave.models.loaded import refuse_random
+from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import LoaderOptions, model_source, read_config
 from mergekit_pave.recipe.reading import CONFIGURATION, configuration, model_reference, read_yaml
 from mergekit_pave.storage.files import appearing, refuse_used
@@ -67,11 +68,13 @@ def load_task_model(
     state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
     # An `AutoModel` looks for the code of a repository, and there is none: only a state.
     concrete = type(empty_model(config, trust_remote_code))
-    loaded = concrete.from_pretrained(None, config=config, state_dict=state, **kwargs)
-    model = loaded[0] if kwargs.get("output_loading_info") else loaded
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = concrete.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **kwargs)
+    refuse_random(model, info, f"task {task} of {name_of(str(merged))}")
     if generation:
         model.generation_config = generation
-    return loaded
+    return (model, info) if wants_info else model
 
 
 def _own_settings(
