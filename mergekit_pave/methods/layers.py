@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_pave.algebra.numeric import wide
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import LayerTable
+from mergekit_pave.models.tables import LayerTable
 from mergekit_pave.recipe.parameters import CovarianceSource
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.identity import same_layer
@@ -74,6 +74,7 @@ class MergeState:
         stores: open covariance stores, by model and where they come from.
         tables: of models whose layers no store tells: `linear_layers` by name and shape.
         masks: takes the task masks of a merge to disk.
+        reasons: why matrices of the base are no weights of linear layers to treat, by name.
     """
 
     def __init__(
@@ -81,11 +82,13 @@ class MergeState:
         stores: Mapping[tuple[Hashable, CovarianceSource], CovarianceStore] | None = None,
         tables: Mapping[Hashable, LayerTable] | None = None,
         masks: Recorder | None = None,
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._stores = dict(stores or {})
         self._tables = dict(tables or {})
         self.masks = masks
+        self._reasons = dict(reasons or {})
         self.counts: dict[str, set[str | None]] = {"purified": set(), "plain": set()}
         self.cuts: dict[Hashable, dict[str, Cut]] = {}
         self.data_free: set[Hashable] = set()
@@ -122,6 +125,7 @@ class MergeState:
             f"mergekit-pave: {purified} tensors {treated}, {plain} merged plainly (vocabulary, "
             "heads, norms, biases and what no model changed)."
         )
+        text += self._left_out()
         cuts = [(c.removed, n, m) for m, named in self.cuts.items() for n, c in named.items()]
         outweighed = [cut for cut in cuts if cut[0] > 1]
         if outweighed:
@@ -133,6 +137,15 @@ class MergeState:
                 "filter."
             )
         return text
+
+    def _left_out(self) -> str:
+        """Matrices among the plain ones that a user takes for weights of linear layers."""
+        by_reason: dict[str, list[str]] = {}
+        for name in sorted(filter(None, self.counts["plain"])):
+            if name in self._reasons:
+                by_reason.setdefault(self._reasons[name], []).append(name)
+        parts = [f"{len(names)} {why}, such as {names[0]}" for why, names in by_reason.items()]
+        return f" Of these matrices are: {'; '.join(parts)}." if parts else ""
 
     def layer(
         self,
@@ -196,6 +209,8 @@ class MergeState:
                 "folders to mergekit-yaml, or give covariance (a store)."
             )
         table = self._tables[model]
+        if (name, tuple(tensor.shape)) in table:
+            return Layer(name, table[name, tuple(tensor.shape)], _no_covariance)
         fitting = {k: t for (k, s), t in table.items() if s == tuple(tensor.shape)}
         for key, transposed in fitting.items():
             if same_layer(key, name):

@@ -114,22 +114,3 @@ def refuse_quantised(config: PretrainedConfig, label: str) -> None:
             f"{label} is quantised ({get('quant_method') or 'quantization_config'}): merging "
             "needs full-precision weights; name the checkpoint it was quantised from."
         )
-
-
-# By name and shape: whether the weight is stored `(in, out)`.
-LayerTable = dict[tuple[str, tuple[int, ...]], bool]
-
-
-def layer_table(config: PretrainedConfig, trust_remote_code: bool, label: str) -> LayerTable:
-    """The linear layers of a model's class, told from its config alone.
-
-    Raises:
-        PaveError: the checkpoint is quantised.
-    """
-    refuse_quantised(config, label)
-    layers = linear_layers(empty_model(config, trust_remote_code))
-    warn_of_unseen(label, layers.skipped)
-    return {
-        (key, tuple(module.weight.shape)): is_transposed(module)
-        for key, module in layers.modules.items()
-    }

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from mergekit_pave.calibration.stores import open_store
 from mergekit_pave.methods.layers import MergeState
-from mergekit_pave.models.layers import LayerTable, layer_table
 from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.own_files import CONFIG, own_files
 from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+from mergekit_pave.models.tables import LayerTable, layer_table, unpurified
 from mergekit_pave.recipe.inputs import Input, covariance_source, unwrapped
 from mergekit_pave.recipe.parameters import CovarianceSource
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -56,8 +56,18 @@ def open_state(
         if entry.told_by_name and entry.model not in tables:
             trust = loading.trust_remote_code
             settings = entry.model.config(trust_remote_code=trust)
-            tables[entry.model] = layer_table(settings, trust, name_of(str(entry.model)))
-    return MergeState(stores, tables, _masks(config, entries, out, options))
+            tables[entry.model] = layer_table(
+                settings, trust, name_of(str(entry.model)), model_source(entry.model, loading).path)
+    return MergeState(
+        stores, tables, _masks(config, entries, out, options), _reasons(config, loading))
+
+
+def _reasons(config: MergeConfiguration, loading: LoaderOptions) -> dict[str, str]:
+    if not config.base_model:
+        return {}
+    trust = loading.trust_remote_code
+    folder = model_source(config.base_model, loading).path
+    return unpurified(config.base_model.config(trust), trust, folder)
 
 
 def writes_masks(entries: Sequence[Input]) -> bool:
