@@ -46,7 +46,7 @@ class ClassNames:
     def __init__(self, model: PreTrainedModel):
         self._state = dict(model.state_dict())
         self.label = type(model).__name__
-        self.vocabulary = infer_vocabulary_axes(model)
+        self.vocabulary = _vocabulary(model)
         self._prefix = model.base_model_prefix
         transforms = get_model_conversion_mapping(model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -127,3 +127,14 @@ class ClassNames:
 def _any_of(patterns: Iterable[str] | None) -> re.Pattern[str] | None:
     patterns = list(patterns or ())
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+
+def _vocabulary(model: PreTrainedModel) -> dict[str, int]:
+    """Axes indexed by tokens; of a model of several, those of the models inside it."""
+    try:
+        return infer_vocabulary_axes(model)
+    except (NotImplementedError, AttributeError):
+        inside = [(name, part) for name, part in model.named_children()
+                  if isinstance(part, PreTrainedModel)]
+        return {f"{name}.{key}": axis for name, part in inside
+                for key, axis in _vocabulary(part).items()}

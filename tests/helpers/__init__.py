@@ -129,7 +129,7 @@ def make_family(folder: Path, kind: str, experts: int = 2, seed: int = 0, dtype=
 
 
 def _save(model, folder: Path, kind: str, dtype, **save) -> None:
-    if kind == "vit":  # see test_names_of_an_older_transformers_are_refused
+    if kind == "vit":  # see test_names_of_an_older_transformers
         save = {"save_original_format": False, **save}
     copy.deepcopy(model).to(dtype).save_pretrained(folder, **save)
     if kind == "vit":

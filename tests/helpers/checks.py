@@ -6,6 +6,8 @@ import copy
 import json
 from pathlib import Path
 
+import transformers
+
 
 def change(raw: dict, path: str, value) -> dict:
     """`raw` with one key set (or, for `...`, removed): `models.0.parameters.weight`."""
@@ -42,6 +44,13 @@ def doctored(good: dict, tmp_path: Path, **changes) -> dict:
     config = json.loads((Path(good["models"][0]["model"]) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return change(good, "models.0.model", str(folder))
+
+
+def with_weights(folder: Path) -> None:
+    """Random weights of the class that the folder's config names."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0])(config)
+    model.save_pretrained(folder, save_original_format=False)
 
 
 def own(good: dict, method: str, *data: str, **shared) -> dict:
