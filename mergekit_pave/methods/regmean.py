@@ -39,6 +39,7 @@ from mergekit_pave.methods.layers import Layer
 from mergekit_pave.recipe.parameters import (
     CALIBRATION,
     COVARIANCE,
+    FLATTENING,
     NotNegative,
     Number,
     Parameter,
@@ -55,9 +56,7 @@ PARAMETERS = (
     Parameter("averaging", NotNegative, 1.0, False,
               "1 averages the task vectors where models share inputs (RegMean), 0 adds them up",
               gradient=True),
-    Parameter("flattening", Share, 0.0, False,
-              "how far the merged singular values are evened out: 0 not at all, 1 all are equal",
-              gradient=True),
+    FLATTENING,
     Parameter("reduce_non_diagonal_ratio", Share, 0.9, False,
               "factor on the covariances off their diagonal, as in the paper (section 3.3); 1 "
               "wants data that use every direction of their layer's inputs",

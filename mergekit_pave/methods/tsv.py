@@ -15,6 +15,9 @@ replaces U and V by the nearest matrices with orthonormal columns, their polar f
 `X (X^T X)^-1/2`, and merges to `W_0 + lambda U' S V'^T`. TSV-Compress (section 4.1) stores the
 `k` triples of each task instead.
 
+`flattening` evens the merged singular values out, and `strength: matched` scales the merge to the
+size of the task vectors' own answers (`algebra.response`); neither is in the paper.
+
 Everything is computed in float64, from the smaller Gram matrix where squaring costs no digits
 that matter: a half to a third of the time of an SVD.
 """
@@ -34,16 +37,26 @@ from mergekit.merge_methods import (
 )
 from torch import Tensor
 
-from mergekit_pave.algebra.numeric import double, wide
+from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.papers import TSV
+from mergekit_pave.algebra.response import matched
+from mergekit_pave.algebra.separation import flattened
 from mergekit_pave.algebra.tsv import kept_rank, merged_change
 from mergekit_pave.methods.base import check_finite, finite, is_matrix, spec_of
-from mergekit_pave.recipe.parameters import RANK_FRACTION, Number, Parameter
+from mergekit_pave.recipe.parameters import (
+    FLATTENING,
+    RANK_FRACTION,
+    STRENGTH,
+    Number,
+    Parameter,
+)
 
 PARAMETERS = (
     Parameter("weight", Number, 1.0, True, "scales the model's delta before its decomposition",
               gradient=True),
     RANK_FRACTION,
+    FLATTENING,
+    STRENGTH,
     Parameter("lambda", Number, 1.0, False, "scales the merged deltas of matrices", gradient=True),
     Parameter("lambda_other", Number, 1.0, False,
               "scales the mean deltas of all other tensors: norms, biases, embeddings, the output "
@@ -80,13 +93,12 @@ class TaskSingularVectors(GroupMergeMethod):
         if not weights or base.numel() == 0:
             return base
         if is_matrix(group):
-            merged = _matrix(group, weights, parameters["rank_fraction"], parameters["lambda"])
-            return finite(merged, group)
+            return finite(_matrix(group, weights, parameters), group)
         return finite(_mean(group, weights, parameters["lambda_other"]), group)
 
 
 def _matrix(
-    group: TensorGroup, weights: Mapping[Any, float], fraction: float | None, scale: float
+    group: TensorGroup, weights: Mapping[Any, float], parameters: Mapping[str, Any]
 ) -> Tensor:
     base = group.base.tensor
     changed = [
@@ -97,10 +109,14 @@ def _matrix(
         return base
     for entry in (group.base, *changed):
         check_finite(entry.tensor, entry.id, group.metadata.name)
-    count = kept_rank(base.shape, len(changed), fraction)
+    count = kept_rank(base.shape, len(changed), parameters["rank_fraction"])
     merged = merged_change(
         base, [entry.tensor for entry in changed], [weights[entry.id] for entry in changed], count)
-    return torch.add(double(base), double(merged), alpha=scale).to(base)
+    merged = flattened(double(merged), parameters["flattening"], rounding(base))
+    if parameters["strength"] == "matched":
+        deltas = ((double(e.tensor) - double(base)) * weights[e.id] for e in changed)
+        merged = merged * matched(deltas, merged)
+    return torch.add(double(base), merged, alpha=parameters["lambda"]).to(base)
 
 
 def _mean(group: TensorGroup, weights: Mapping[Any, float], scale: float) -> Tensor:

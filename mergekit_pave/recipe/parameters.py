@@ -299,4 +299,14 @@ RANK_FRACTION = Parameter(
     "changed it when not given",
     gradient=True)
 
+FLATTENING = Parameter(
+    "flattening", Share, 0.0, False,
+    "how far the merged singular values are evened out: 0 not at all, 1 all are equal",
+    gradient=True)
+
+STRENGTH = Parameter(
+    "strength", Literal["plain", "matched"], "plain", False,
+    "what `lambda: 1` is: `plain` the merge as published, `matched` the size at which it answers "
+    "to the models' inputs as strongly as their own task vectors")
+
 PREFIX = "pave_"

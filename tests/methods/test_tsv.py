@@ -178,3 +178,31 @@ def test_importing_it_first_registers_it():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.split() == ["tsv_m", "pave_tsv_m"], found.stderr
     assert "could not attach" not in found.stderr
+
+
+@pytest.mark.parametrize("flattening", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_matched_strength_gives_the_answers_their_size_back(shape, flattening):
+    torch.manual_seed(6)
+    base, *experts = torch.randn(4, *shape)
+    weights = [1.0, 0.5, 2.0]
+
+    def change(**shared):
+        found = merge_tensors([base, *experts], method="tsv_m", base_index=0,
+                              parameters={"weight": weights, "flattening": flattening, **shared})
+        return found.double() - base.double()
+
+    deltas = [w * (e.double() - base.double()) for w, e in zip(weights, experts, strict=True)]
+    plain, matched = change(), change(strength="matched")
+    wanted = sum((d @ d.T).square().sum() for d in deltas)
+    assert sum((matched @ d.T).square().sum() for d in deltas) == pytest.approx(wanted.item(), 1e-4)
+    assert (matched / plain).std() < 1e-2  # one factor
+    values = torch.linalg.svdvals(plain) / torch.linalg.svdvals(
+        change(flattening=0.0)) ** (1 - flattening)
+    assert values.std() < 1e-4 * values.mean()
+
+
+def test_strength_is_one_of_two_words():
+    with pytest.raises(PaveError, match="strength must be one of plain, matched"):
+        merge_tensors([torch.ones(2, 2), torch.eye(2)], method="tsv_m", base_index=0,
+                      parameters={"strength": "tuned"})
