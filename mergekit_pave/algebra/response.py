@@ -143,7 +143,7 @@ def matched(deltas: Iterable[Tensor], merged: Tensor) -> float:
 def distinct(deltas: Sequence[Tensor]) -> float:
     """`N`: how many different task vectors there are, from 1 to T; 1 where none has any."""
     count = len(deltas)
-    gram = torch.zeros(count, count, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for i, left in enumerate(deltas):
         for j in range(i + 1):
             gram[i, j] = gram[j, i] = (double(left) * double(deltas[j])).sum().item()

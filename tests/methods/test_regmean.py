@@ -258,9 +258,12 @@ def test_in_memory_it_needs_a_store():
         merge_tensors([base, expert], method="regmean", base_index=0)
 
 
-@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean"])
-@pytest.mark.parametrize("averaging", [0.0, 0.5, 1.0])
-def test_what_nobody_changed_stays_without_data(tmp_path, method, averaging):
+@pytest.mark.parametrize(("method", "shared"), [
+    *((method, {"averaging": averaging})
+      for method in ("regmean", "pave_regmean") for averaging in (0.0, 0.5, 1.0)),
+    ("tsv_regmean", {}),
+])
+def test_what_nobody_changed_stays_without_data(tmp_path, method, shared):
     """Its covariance, estimated from nothing, is empty."""
     paths = make_family(tmp_path, "llama")
     base = tensors_of(paths["base"])
@@ -268,7 +271,7 @@ def test_what_nobody_changed_stays_without_data(tmp_path, method, averaging):
     for expert, names in (("expert0", (frozen, half)), ("expert1", (frozen,))):
         state = tensors_of(paths[expert]) | {name: base[name].clone() for name in names}
         save_file(state, paths[expert] / "model.safetensors", metadata={"format": "pt"})
-    config = _config(paths, method, ["none", "none"], averaging=averaging)
+    config = _config(paths, method, ["none", "none"], **shared)
     merged = merge(config, tmp_path / "out")
     assert torch.equal(merged[frozen], base[frozen])
     assert merged[half].isfinite().all() and not torch.equal(merged[half], base[half])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import readers
 
 from mergekit_pave.algebra.response import (
     distinct,
@@ -20,10 +21,6 @@ def task_vectors(count=3, shape=(6, 9), seed=0):
     fall = torch.logspace(0, -2, shape[1], dtype=torch.float64)
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) * fall
             for _ in range(count)]
-
-
-def readers(covariances):
-    return [lambda c=c: c for c in covariances]
 
 
 def answers(change, covariances):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_family
+from helpers import config_of, make_family, merge, reference, spec_of, tensors_of
 from mergekit.merge_methods import merge_tensors
 from safetensors.torch import save_file
-from test_calibration import reference, spec_of
-from test_merge import merge, tensors_of
-from test_regmean import _config
 
 DATA_FREE = {"calibration_dataset": "none"}
 
@@ -40,6 +37,13 @@ def closed_form(base, weights, covariances=None, flattening=None, scales=None):
     own = sum(torch.trace(merged @ c @ merged.T) for c in moments)
     wanted = sum(torch.trace(d @ c @ d.T) for d, c in zip(deltas, moments, strict=True))
     return base + merged * (wanted / own).sqrt()
+
+
+def _config(paths, method, data, **shared):
+    config = config_of(paths, method, data, num_calibration_samples=40, **shared)
+    for model, source in zip(config["models"], data, strict=True):
+        model["parameters"] = {"calibration_dataset": str(source)}
+    return config
 
 
 def relative(found, expected, base):
