@@ -1,7 +1,7 @@
 """Merges from task vectors alone, at matched and at fixed strengths, before they are methods.
 
     python examples/comparison/prototypes.py --setting encoder --tasks nouns,verbs,icd
-        [--methods tsv_m,tsv_regmean] [--strengths matched:1,plain:1.25] [--split test]
+        [--methods tsv_m/matched_regmean] [--strengths matched:1,plain:1.25] [--split test]
 
 Uses the experts that `run.py` has trained, adds a line per merge to `prototypes.csv` and row scores
 to `prototypes.jsonl` in `out/SETTING`, and prints every score with the difference from the first,
@@ -93,8 +93,8 @@ METHODS: dict[str, Callable[[Deltas], Tensor]] = {
     "prior": from_prior,
     "prior, flattening 0.5": lambda ds: flattened(from_prior(ds), 0.5),
     "prior, flattening 0.7": lambda ds: flattened(from_prior(ds), 0.7),
-    "tsv_regmean": lambda ds: flattened(from_prior(ds), evening(ds)),
-    "tsv_regmean, trimmed": lambda ds: flattened(trimmed(ds), evening(ds)),
+    "matched_regmean": lambda ds: flattened(from_prior(ds), evening(ds)),
+    "matched_regmean, trimmed": lambda ds: flattened(trimmed(ds), evening(ds)),
     "iso_c": lambda ds: flattened(sum(ds), 1.0),
     "iso_cts": iso_cts,
     "dc": dc,
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=("encoder", "causal"), default="encoder")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="default: all")
     parser.add_argument("--methods", type=lambda text: text.split("/"),
-                        default=["tsv_m", "blend", "tsv_regmean"], help="NAME/NAME/...")
+                        default=["tsv_m", "blend", "matched_regmean"], help="NAME/NAME/...")
     parser.add_argument("--strengths", type=lambda text: text.split(","), default=["matched:1"])
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=HERE / "out")

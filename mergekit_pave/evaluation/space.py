@@ -28,6 +28,7 @@ Values = dict[str, Any]
 AFFINE = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
     "della", "della_linear", "tsv_m", "regmean", "tsv_regmean",
+    "matched_regmean",
 })
 # Where a method starts that the configuration does not have.
 _MODEL_START: dict[str, Values] = {
@@ -40,6 +41,7 @@ _MODEL_START: dict[str, Values] = {
 _SECOND: dict[str, dict[str, tuple]] = {
     "tsv_regmean": {"balance": (0.5, 0.3, 0.7), "flattening": (0.5, 0.3, 0.7)},
     "regmean": {"averaging": (1.0, 0.2, 0.5), "flattening": (0.0, 0.5)},
+    "matched_regmean": {"flattening": (None, 0.3, 0.7)},
     "tsv_m": {"flattening": (0.0, 0.5)},
     "ties": {"density": (0.2, 0.5, 0.1)},
     "dare_linear": {"density": (0.5, 0.8)},

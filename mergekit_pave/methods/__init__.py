@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 def methods() -> tuple[MergeMethod, ...]:
     """One instance of each."""
     from mergekit_pave.methods.emr import EmrMerge
+    from mergekit_pave.methods.matched_regmean import MatchedRegMean
     from mergekit_pave.methods.regmean import RegMean
     from mergekit_pave.methods.tsv import TaskSingularVectors
     from mergekit_pave.methods.tsv_regmean import TsvRegMean
 
-    return EmrMerge(), RegMean(), TaskSingularVectors(), TsvRegMean()
+    return EmrMerge(), MatchedRegMean(), RegMean(), TaskSingularVectors(), TsvRegMean()
 
 
 # The first import of mergekit's methods makes the start-up hook ask for ours. Python runs this file

@@ -145,12 +145,18 @@ ABOUT = {
         "Every linear weight was solved for in closed form, by the covariances of the models' "
         f"layer inputs (RegMean, {REGMEAN.link}); {_REST}",
         (REGMEAN,)),
-    "tsv_regmean": About(
+    "matched_regmean": About(
         "Every linear weight was solved for in closed form, by the second moments of the models' "
         f"layer inputs (RegMean, {REGMEAN.link}), with the merge of orthogonal singular directions "
         f"(TSV-Merge, {TSV.link}) where those say nothing; its singular values were evened out, "
         "and the change scaled so that it answers to the models' inputs as strongly as their own "
         f"differences from the base; {_REST}",
+        (TSV, REGMEAN)),
+    "tsv_regmean": About(
+        "Every linear weight is a mixture of two merges. One makes the leading singular directions "
+        f"of the models' differences from the base orthogonal to each other (TSV-Merge, {TSV.link})"
+        ", the other is solved for by the covariances of the models' layer inputs (RegMean, "
+        f"{REGMEAN.link}); {_REST}",
         (TSV, REGMEAN)),
     "emr": About(
         "These are the weights that all tasks share; alone they are not meant to be used. The "

@@ -1,65 +1,60 @@
-"""RegMean that falls back on TSV-Merge, evened out, with the strength that the inputs ask for.
+"""The mean of TSV-Merge and of a RegMean that adds up more of the task vectors, evened out.
 
-For a linear layer with task vectors `D_t` (out, in), input moments `C_t` and TSV-Merge's change
-`P` (`algebra.response` has the derivations):
+Both keep tasks out of each other's way, by different means: `tsv` makes their singular vectors
+orthogonal, knowing nothing of the data; `regmean` with `averaging` below 1 weighs input directions
+by whose data has them, knowing nothing of the task vectors' structure. For a linear layer with the
+merged task vectors `D_tsv` and `D_reg` (out, in) of the two,
 
-    M = (sum_t D_t C_t + g P) (sum_t C_t + g I)^-1,
-    W = W_0 + lambda s U S^(1 - f) V^T,   M = U S V^T.
-
-`s` makes the change answer to the tasks' inputs as strongly as their own task vectors do, so that
-1 is a meaningful `lambda` whatever the models; `f` grows with the number of distinct task vectors.
+    W = W_0 + lambda (b D_tsv + (1 - b) D_reg).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 from torch import Tensor
 
-from mergekit_pave.algebra.numeric import double, rounding, wide
+from mergekit_pave.algebra.numeric import wide
 from mergekit_pave.algebra.papers import TSV
-from mergekit_pave.algebra.response import evening, strength, toward
-from mergekit_pave.algebra.separation import flattened
-from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta
-from mergekit_pave.errors import PaveError
-from mergekit_pave.methods import tsv
-from mergekit_pave.methods.base import CovarianceMethod, check_finite, spec_of
+from mergekit_pave.methods import regmean, tsv
+from mergekit_pave.methods.base import CovarianceMethod, spec_of
 from mergekit_pave.methods.layers import Layer
 from mergekit_pave.recipe.parameters import (
     CALIBRATION,
     COVARIANCE,
-    FLATTENING,
     RANK_FRACTION,
+    NotNegative,
     Number,
     Parameter,
+    Share,
 )
 
+_OFF_DIAGONAL = next(p for p in regmean.PARAMETERS if p.name == "reduce_non_diagonal_ratio")
 _FLATTENING = replace(
-    FLATTENING, default=None, doc=FLATTENING.doc + "; grows with the number of models that differ "
-    "when not given")
+    next(p for p in regmean.PARAMETERS if p.name == "flattening"), default=0.5)
 _MEAN = next(p for p in tsv.PARAMETERS if p.name == "lambda_other")
 
 PARAMETERS = (
-    Parameter("weight", Number, 1.0, True, "scales the model's task vector", gradient=True),
+    Parameter("weight", NotNegative, 1.0, True, "of this model, in both methods", gradient=True),
+    Parameter("balance", Share, 0.5, False, "share of TSV-Merge; the rest is RegMean's",
+              gradient=True),
+    Parameter("averaging", NotNegative, None, False,
+              "RegMean's: how much each other model's inputs count; 1 / (models - 1) when not "
+              "given", gradient=True),
     _FLATTENING,
+    _OFF_DIAGONAL,
     RANK_FRACTION,
-    Parameter("lambda", Number, 1.0, False,
-              "scales the merged task vectors of linear weights; at 1 they answer to the models' "
-              "inputs as strongly as the models' own", gradient=True),
+    Parameter("lambda", Number, 1.0, False, "scales the merged task vectors of linear weights",
+              gradient=True),
     _MEAN,
 )
 
 
 class TsvRegMean(CovarianceMethod):
-    """`tsv_regmean`: the regression where every model is known to have a linear layer.
-
-    Everything else is as in `tsv_m`. A model whose weight is the base's, or whose `weight` is 0, is
-    as good as absent there. One that is alone comes back as it is.
-    """
+    """`tsv_regmean`: linear weights by both methods, everything else as in `tsv_m`."""
 
     spec = MergeMethodSpec(
         name="tsv_regmean",
@@ -72,67 +67,35 @@ class TsvRegMean(CovarianceMethod):
     def merge_layers(
         self, group: TensorGroup, layers: Mapping[Hashable, Layer], **parameters: Any
     ) -> Tensor:
+        # As published: `flattening` is RegMean's here.
+        as_published = {"flattening": 0.0, "strength": "plain"}
+        of_tsv = {**{p.name: parameters.get(p.name) for p in tsv.PARAMETERS}, **as_published}
         if not layers or len(layers) < len(group.non_base):
-            of_tsv = {p.name: parameters.get(p.name, p.default) for p in tsv.PARAMETERS}
-            of_tsv["flattening"] = parameters["flattening"] or 0.0
             return tsv.TaskSingularVectors().merge_group(group, **of_tsv)
-        base, weights = group.base.tensor, parameters["weight"]
-        changed = [
-            e for e in group.non_base if weights[e.id] and not torch.equal(e.tensor, base)]
-        if not changed:
-            return base
-        for entry in (group.base, *changed):
-            check_finite(entry.tensor, entry.id, group.metadata.name)
-        if len(changed) == 1:  # nothing to keep apart: as it is, to the last bit
-            (entry,) = changed
-            delta = (double(entry.tensor) - double(base)) * weights[entry.id]
-            return torch.add(double(base), delta, alpha=parameters["lambda"]).to(base)
-        transposed = layers[changed[0].id].transposed
-        deltas = [(wide(e.tensor) - wide(base)) * weights[e.id] for e in changed]
-        deltas = [d.mT if transposed else d for d in deltas]
-        readers = [_scaled(layers[e.id], weights[e.id], base.device) for e in changed]
-        noise = rounding(base)
-        try:
-            delta = solved(
-                deltas, readers, [noise * abs(weights[e.id]) for e in changed],
-                parameters["flattening"], parameters["rank_fraction"])
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            raise PaveError(
-                f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
-            ) from error
-        delta = delta.mT if transposed else delta
-        return torch.add(double(base), delta, alpha=parameters["lambda"]).to(base)
-
-
-def solved(
-    deltas: list[Tensor],
-    covariances: list[Callable[[], Tensor]],
-    noises: list[float],
-    flattening: float | None = None,
-    rank_fraction: float | None = None,
-) -> Tensor:
-    """The merged change `s U S^(1 - f) V^T` (out, in) float64 of one linear layer.
-
-    Args:
-        deltas: `D_t` (out, in) each.
-        covariances: each reads one `C_t` (in, in).
-        noises: the largest singular value that the rounding of each may have.
-        flattening: `f`; `1 - N^-1/2` when not given.
-        rank_fraction: of TSV-Merge.
-
-    Raises:
-        ValueError: the covariances are not finite, or all of them are empty.
-        torch.linalg.LinAlgError: they are no second moments.
-    """
-    count = kept_rank(deltas[0].shape, len(deltas), rank_fraction)
-    prior = merged_delta(
-        [factors(d, count, noise) for d, noise in zip(deltas, noises, strict=True)])
-    found = toward(deltas, covariances, prior)
-    evened = flattened(
-        found.delta, evening(deltas) if flattening is None else flattening, max(noises))
-    return evened * strength(found.answer, evened, found.moment)
-
-
-def _scaled(layer: Layer, weight: float, device: torch.device) -> Callable[[], Tensor]:
-    """Of a task vector that counts `weight` times, as one of that size would have it."""
-    return lambda: layer.covariance().to(device) * weight**2
+        averaging = parameters["averaging"]
+        if averaging is None:
+            present = sum(weight != 0 for weight in parameters["weight"].values())
+            averaging = 1 / max(present - 1, 1)
+        of_regmean = {
+            "weight": parameters["weight"],
+            "averaging": averaging,
+            "flattening": parameters["flattening"],
+            _OFF_DIAGONAL.name: parameters[_OFF_DIAGONAL.name],
+            "lambda": 1.0,
+        }
+        share, scale = parameters["balance"], parameters["lambda"]
+        # In float32 or better throughout: a difference of casts would be mostly rounding.
+        widened = replace(
+            group, entries=tuple(replace(e, tensor=wide(e.tensor)) for e in group.entries)
+        )
+        base = widened.base.tensor
+        merged = base.clone()
+        if share > 0:
+            one = tsv.TaskSingularVectors().merge_group(widened, **{**of_tsv, "lambda": 1.0})
+            merged.add_(one - base, alpha=scale * share)
+        if share < 1:
+            other = regmean.RegMean().merge_layers(
+                widened, layers, **of_regmean
+            )
+            merged.add_(other - base, alpha=scale * (1 - share))
+        return merged.to(group.base.tensor.dtype)

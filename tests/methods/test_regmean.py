@@ -258,12 +258,37 @@ def test_in_memory_it_needs_a_store():
         merge_tensors([base, expert], method="regmean", base_index=0)
 
 
-@pytest.mark.parametrize(("method", "shared"), [
-    *((method, {"averaging": averaging})
-      for method in ("regmean", "pave_regmean") for averaging in (0.0, 0.5, 1.0)),
-    ("tsv_regmean", {}),
-])
-def test_what_nobody_changed_stays_without_data(tmp_path, method, shared):
+def test_half_of_it_and_half_of_tsv_merge(families, texts, tmp_path):
+    """`tsv_regmean` is the mean of what both methods give, and each of them at its ends."""
+    paths = families("llama")
+    merged = {
+        name: merge(_config(paths, method, texts, **shared), tmp_path / name)
+        for name, method, shared in (
+            ("half", "tsv_regmean", {"averaging": 0.5}),
+            ("scaled", "tsv_regmean", {"averaging": 0.5, "lambda": 2.0}),
+            ("all", "tsv_regmean", {"balance": 1.0}),
+            ("none", "tsv_regmean", {"balance": 0.0, "averaging": 1.0, "flattening": 0.0}),
+            ("tsv", "tsv_m", {}),
+            ("regmean", "regmean", {}),
+            ("half regmean", "regmean", {"averaging": 0.5, "flattening": 0.5}),
+        )
+    }
+    base = tensors_of(paths["base"])
+    for name in base:
+        tsv_, reg, half = (merged[k][name] for k in ("tsv", "half regmean", "half"))
+        assert torch.allclose(merged["all"][name], tsv_, atol=1e-5)
+        if "proj" in name:
+            assert torch.allclose(half, (tsv_ + reg) / 2, atol=1e-5)
+            assert torch.allclose(merged["none"][name], merged["regmean"][name], atol=1e-5)
+            assert torch.allclose(merged["scaled"][name] - base[name], 2 * (half - base[name]),
+                                  atol=1e-5)
+        else:
+            assert torch.equal(half, tsv_)
+
+
+@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean"])
+@pytest.mark.parametrize("averaging", [0.0, 0.5, 1.0])
+def test_what_nobody_changed_stays_without_data(tmp_path, method, averaging):
     """Its covariance, estimated from nothing, is empty."""
     paths = make_family(tmp_path, "llama")
     base = tensors_of(paths["base"])
@@ -271,7 +296,7 @@ def test_what_nobody_changed_stays_without_data(tmp_path, method, shared):
     for expert, names in (("expert0", (frozen, half)), ("expert1", (frozen,))):
         state = tensors_of(paths[expert]) | {name: base[name].clone() for name in names}
         save_file(state, paths[expert] / "model.safetensors", metadata={"format": "pt"})
-    config = _config(paths, method, ["none", "none"], **shared)
+    config = _config(paths, method, ["none", "none"], averaging=averaging)
     merged = merge(config, tmp_path / "out")
     assert torch.equal(merged[frozen], base[frozen])
     assert merged[half].isfinite().all() and not torch.equal(merged[half], base[half])
@@ -314,6 +339,19 @@ def test_names_of_an_older_transformers(tmp_path, capfd):
     paths = make_family(tmp_path, "vit", save_original_format=True)
     merge(_config(paths, "regmean", ["none", "none"]), tmp_path / "out", quiet=False)
     assert "12 tensors merged by their covariances" in capfd.readouterr().err
+
+
+def test_a_model_of_weight_zero_does_not_count(texts, tmp_path):
+    """`averaging` of `tsv_regmean`, when not given, is one over the number of other models."""
+    paths = make_family(tmp_path, "llama", experts=3)
+    given = _config(paths, "tsv_regmean", texts, balance=0.0, averaging=1.0)
+    absent = {"model": str(paths["expert2"]),
+              "parameters": {"weight": 0.0, "calibration_dataset": str(texts[0])}}
+    config = _config(paths, "tsv_regmean", texts, balance=0.0)
+    config["models"].append(absent)
+    found, expected = merge(config, tmp_path / "a"), merge(given, tmp_path / "b")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.allclose(found[name], expected[name], atol=1e-6)
 
 
 def test_the_end_of_a_merge_says_what_was_done(families, tmp_path, capsys):

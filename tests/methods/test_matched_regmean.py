@@ -1,4 +1,4 @@
-"""`tsv_regmean` against its formula in float64, through the stock merge and in memory."""
+"""`matched_regmean` against its formula in float64, through the stock merge and in memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def relative(found, expected, base):
 
 
 def in_memory(base, *weights, **shared):
-    return merge_tensors([base, *weights], method="tsv_regmean", base_index=0,
+    return merge_tensors([base, *weights], method="matched_regmean", base_index=0,
                          parameters=DATA_FREE | shared)
 
 
@@ -59,7 +59,8 @@ def in_memory(base, *weights, **shared):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_stock_merge_solves_every_linear_layer(families, texts, tmp_path, kind, data):
     paths = families(kind)
-    merged = merge(_config(paths, "tsv_regmean", texts if data else ["none"] * 2), tmp_path / "out")
+    config = _config(paths, "matched_regmean", texts if data else ["none"] * 2)
+    merged = merge(config, tmp_path / "out")
     experts = [paths[f"expert{i}"] for i in range(2)]
     found = [reference(path, kind, spec_of(rows))
              for path, rows in zip(experts, texts, strict=True)]
@@ -104,7 +105,7 @@ def test_copies_of_a_model_are_not_added_up():
     assert relative(found, base + delta, base) < 0.1
 
 
-@pytest.mark.parametrize("method", ["tsv_regmean", "pave_tsv_regmean"])
+@pytest.mark.parametrize("method", ["matched_regmean", "pave_matched_regmean"])
 def test_models_that_weigh_nothing_are_absent(texts, tmp_path, method):
     paths = make_family(tmp_path, "llama", experts=3)
     own = {"rank_ratio": 1.0} if method.startswith("pave") else {}
@@ -119,7 +120,7 @@ def test_models_that_weigh_nothing_are_absent(texts, tmp_path, method):
 
 def test_everything_else_is_as_in_tsv_merge(families, tmp_path):
     paths = families("llama")
-    config = _config(paths, "tsv_regmean", ["none"] * 2, lambda_other=0.5)
+    config = _config(paths, "matched_regmean", ["none"] * 2, lambda_other=0.5)
     found = merge(config, tmp_path / "a")
     plain = {**config, "merge_method": "tsv_m", "parameters": {"lambda_other": 0.5}}
     plain["models"] = [{"model": model["model"]} for model in config["models"]]
@@ -134,5 +135,5 @@ def test_a_weight_that_one_model_left_alone_is_the_others(tmp_path):
     base = tensors_of(paths["base"])
     state = tensors_of(paths["expert1"]) | {name: base[name].clone()}
     save_file(state, paths["expert1"] / "model.safetensors", metadata={"format": "pt"})
-    merged = merge(_config(paths, "tsv_regmean", ["none"] * 2), tmp_path / "out")
+    merged = merge(_config(paths, "matched_regmean", ["none"] * 2), tmp_path / "out")
     assert torch.equal(merged[name], tensors_of(paths["expert0"])[name])
