@@ -180,7 +180,7 @@ def test_a_change_of_one_rounding_is_none(shape):
 
 
 @pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean", "pave_regmean",
-                                    "pave_tsv_m"])
+                                    "pave_tsv_m", "matched_regmean"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_broken_weights_outside_linear_layers_are_named(tmp_path, method, name):
     paths = make_family(tmp_path, "llama")

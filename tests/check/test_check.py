@@ -214,7 +214,7 @@ def test_a_word_is_no_gradient(good):
 @pytest.mark.parametrize("value", [
     [0.5, 1.0], [{"filter": "mlp", "value": [0.5, 1.0]}, {"value": 1.0}]])
 @pytest.mark.parametrize("name", ["weight", "lambda"])
-@pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean"])
+@pytest.mark.parametrize("method", ["tsv_m", "regmean", "tsv_regmean", "matched_regmean"])
 def test_our_own_methods_take_gradients_and_filters(good, method, name, value):
     data = () if method == "tsv_m" else ("none", "none")
     assert errors(own(good, method, *data, **{name: value})) == []
@@ -290,7 +290,7 @@ def test_masks_have_one_rescaler(good, method):
     assert errors(raw) == []
 
 
-@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean"])
+@pytest.mark.parametrize("method", ["regmean", "pave_regmean", "tsv_regmean", "matched_regmean"])
 def test_some_model_has_to_weigh_something(good, method):
     raw = own(good, method, "none", "none", weight=0)
     assert errors(raw) == ["models: every weight is 0, which leaves nothing to merge; raise one."]

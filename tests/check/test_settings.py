@@ -17,7 +17,8 @@ from mergekit_pave.check.settings import check_settings
 from mergekit_pave.models.source import LoaderOptions
 
 plugin.register()
-METHODS = ["tsv_m", "regmean", "tsv_regmean", "pave_ties", "pave_task_arithmetic", "emr"]
+METHODS = ["tsv_m", "regmean", "tsv_regmean", "matched_regmean", "pave_ties",
+           "pave_task_arithmetic", "emr"]
 
 
 @pytest.fixture
