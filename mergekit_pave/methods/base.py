@@ -151,7 +151,7 @@ ABOUT = {
         f"(TSV-Merge, {TSV.link}) where those say nothing; its singular values were evened out, "
         "and the change scaled so that it answers to the models' inputs as strongly as their own "
         f"differences from the base; {_REST}",
-        (TSV, REGMEAN)),
+        (REGMEAN, TSV)),
     "tsv_regmean": About(
         "Every linear weight is a mixture of two merges. One makes the leading singular directions "
         f"of the models' differences from the base orthogonal to each other (TSV-Merge, {TSV.link})"

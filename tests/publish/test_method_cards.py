@@ -21,7 +21,7 @@ register()
 
 PAPERS = {"tsv_m": ["2412.00081"], "regmean": ["2212.09849"], "emr": ["2405.17461"],
           "tsv_regmean": ["2412.00081", "2212.09849"],
-          "matched_regmean": ["2412.00081", "2212.09849"]}
+          "matched_regmean": ["2212.09849", "2412.00081"]}
 PAVES = "2510.14697"
 
 
@@ -67,7 +67,8 @@ def test_a_method_of_ours_says_what_it_did(tmp_path, method):
 
 def test_settings_of_a_method_of_ours(tmp_path):
     text = write_card(own(tmp_path / "tsv", "tsv_m", "{lambda: 1.2, rank_fraction: [0.1, 0.2]}"))
-    assert "`rank_fraction` as configured, `lambda` 1.2, `lambda_other` 1.0." in text
+    assert ("`rank_fraction` as configured, `flattening` 0.0, `strength` plain, `lambda` 1.2, "
+            "`lambda_other` 1.0.") in text
     text = write_card(own(tmp_path / "emr", "emr", "{rescaler: global}"))
     assert "`rescaler` global." in text and "materialize" in text
 
