@@ -6,8 +6,8 @@ For a linear layer with task vectors `D_t` (out, in), input moments `C_t` and TS
     M = (sum_t D_t C_t + g P) (sum_t C_t + g I)^-1,
     W = W_0 + lambda s U S^(1 - f) V^T,   M = U S V^T.
 
-`s` makes the change answer to the tasks' inputs as strongly as their own task vectors do, so that
-1 is a meaningful `lambda` whatever the models; `f` grows with the number of distinct task vectors.
+`s` makes the change answer to the tasks' inputs as strongly as their own task vectors do, which is
+where `lambda` starts; `f` grows with the number of distinct task vectors.
 """
 
 from __future__ import annotations
