@@ -86,8 +86,9 @@ def refuse_other_values(
         there = state[own]
         if there.shape != tensor.shape and not names.in_body(own):
             continue  # a head that the caller replaces
+        seen, kept = (fingerprint(t).nan_to_num() for t in (there, tensor))
         if there.shape != tensor.shape or not same(
-            fingerprint(there), fingerprint(tensor)[None], tensor.dtype, there.dtype
+            seen, kept[None], tensor.dtype, there.dtype
         ).all():
             raise PaveError(
                 f"transformers loads other values for {name} of {label} than mergekit reads from "

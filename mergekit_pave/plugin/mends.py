@@ -183,7 +183,9 @@ def let_merges_know(
     mergekit's own leaves out tensors that some checkpoints have, and asks for others that they
     lack.
     """
-    original = merge.get_architecture_info
+    original = getattr(merge, "get_architecture_info", None)
+    if original is None:  # a mergekit that plans otherwise
+        return
 
     @functools.wraps(original)
     def get_architecture_info(*args, **kwargs):
