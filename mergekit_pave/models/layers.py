@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from mergekit.common import get_auto_cls
 from torch import nn
@@ -96,10 +97,9 @@ def model_class(config: PretrainedConfig) -> Any:
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config without weights (on the `meta` device), to list its layers."""
-    from accelerate import init_empty_weights
-
     cls = model_class(config)
-    with init_empty_weights():
+    # accelerate's own way changes torch.nn.Module for all threads, a merge beside this one too.
+    with torch.device("meta"):
         if hasattr(cls, "from_config"):
             return cls.from_config(config, trust_remote_code=trust_remote_code)
         return cls(config)
