@@ -108,7 +108,6 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
         with _method_of(name, state), _planned_as(planned):
             result = merge(out)
         _keep_sentence_files(config, out, loading)
-        refuse_incomplete(out, config, loading)
         with torch.device("cpu"):
             refuse_incomplete(out, config, loading)
         if state.masks:
