@@ -85,18 +85,21 @@ class Lab:
         bench = bench_of(config, Wanted(rows=self.rows), LoaderOptions(), Resources(), quiet=True)
         return bench, objective(bench)
 
-    def run(self) -> Iterator[dict]:
-        """Every merge of every method with its scores, from disk where they are there."""
+    def run(self, names: tuple[str, ...], finished: bool = False) -> Iterator[dict]:
+        """Every merge of the methods with its scores, from disk where they are there.
+
+        With `finished` only those.
+        """
         register()
         bench = None
-        for name in LIST:
+        for name in names:
             (method,) = (m for m in METHODS if m.name == name)
             for ratio, group in _by_ratio(points(method)):
                 missing = [p for p in group if not self._file(p).exists()]
-                if missing:
+                if missing and not finished:
                     bench = bench or self.bench()
                     self._merge_and_score(method, ratio, missing, *bench)
-                for point in group:
+                for point in filter(lambda p: self._file(p).exists(), group):
                     yield {"point": point, **json.loads(self._file(point).read_text())}
 
     def _merge_and_score(self, method, ratio, missing, bench, aim) -> None:
@@ -186,9 +189,9 @@ def table(lines: list[dict]) -> list[list[str]]:
         if not of:
             continue
         free, labels = (max(of, key=lambda x: x[key]) for key in ("label_free", "validation"))
-        (default,) = (x for x in of if x["point"].default)
+        default = next((x for x in of if x["point"].default), None)
         rank = rank_correlation([x["label_free"] for x in of], [x["test"] for x in of])
-        shown.append([name, str(len(of)), f"{default['test']:.3f}",
+        shown.append([name, str(len(of)), f"{default['test']:.3f}" if default else "-",
                       f"{free['test']:.3f} ({_said(free)})",
                       f"{labels['test']:.3f} ({_said(labels)})",
                       f"{100 * (free['test'] - labels['test']):+.1f}", f"{rank:.2f}"])
@@ -210,10 +213,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of each task")
     parser.add_argument("--test-rows", type=int, help="test rows of each task, all by default")
+    parser.add_argument("--only", help="these methods, separated by commas")
+    parser.add_argument("--finished", action="store_true", help="merge nothing")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
     lab = Lab(args.setting, args.out, args.seed, args.rows, args.test_rows)
-    lines = list(lab.run())
+    names = tuple(args.only.split(",")) if args.only else LIST
+    lines = list(lab.run(names, args.finished))
     target = args.results / args.setting
     target.mkdir(parents=True, exist_ok=True)
     with (target / "label_free.csv").open("w", newline="") as file:
@@ -230,7 +236,8 @@ def main() -> None:
             f"{args.setting} setting, seed {args.seed}, at three choices from the same merges: by "
             f"the label-free score on {args.rows} held-out rows of each task, by validation labels,"
             " and what the method does by default. Last column: Spearman's correlation of the "
-            "label-free with the test score over the merges.")
+            "label-free with the test score over the merges."
+            + (f" {args.test_rows} test rows of each task." if args.test_rows else ""))
     (target / "label_free.md").write_text(f"{note}\n\n{text}\n")
     print(text)
 
