@@ -78,7 +78,7 @@ def test_a_merge_that_writes_nothing_takes_nothing_away(paths, tmp_path, method,
         from mergekit_pave.plugin import run_merge
 
         monkeypatch.setattr(check, "preflight", lambda *_: [])  # met later than the check
-        monkeypatch.setattr(run_merge, "refuse_partial", lambda *_: None)
+        monkeypatch.setattr(run_merge, "architecture", lambda *_: None)
     (gone / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(Exception, match="header"):
         merge(config, out, **CARD)
