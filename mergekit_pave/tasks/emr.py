@@ -86,6 +86,8 @@ def _own_settings(
         _write_companions(folder, task, beside)
         config = transformers.AutoConfig.from_pretrained(
             beside, trust_remote_code=trust_remote_code)
+        # The code of a repository is looked for where the config says that it came from.
+        config._name_or_path = str(folder)
         if not (beside / "generation_config.json").exists():
             return config, None
         return config, transformers.GenerationConfig.from_pretrained(beside)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from click.testing import CliRunner
 from helpers import invoke, recipe
@@ -126,9 +126,9 @@ def test_check_warns_and_passes(merge_yml, calibrate, tmp_path):
 @pytest.mark.parametrize("flags", [["--unsafe-truncate-embeddings"], []])
 def test_check_takes_mergekits_flags(merge_yml, flags, families, tmp_path):
     raw = yaml.safe_load(merge_yml.read_text())
-    config = json.loads((families("llama")["expert0"] / "config.json").read_text())
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(families("llama")["expert0"])
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path / "odd")
     raw["models"][0]["model"] = str(tmp_path / "odd")
     merge_yml.write_text(yaml.safe_dump(raw))
     code, _, err = invoke("check", merge_yml, *flags)
