@@ -1,16 +1,6 @@
-"""EMR-Merging (Huang et al., arXiv 2405.17461): one elected task vector, a mask for each task.
+"""`emr`: EMR-Merging (Huang et al., arXiv 2405.17461) as a method of mergekit.
 
-With task vectors d_t = w_t - w_0, elementwise (the paper's Elect, Mask and Rescale):
-
-    elect     s = +1 where sum_t d_t > 0, else -1
-              u = s * max over the t with d_t s > 0 of |d_t|, and 0 where there is none
-    mask      M_t = d_t s > 0
-    rescale   l_t = sum |d_t| / sum |M_t u|
-    task t    w_0 + l_t M_t u
-
-The merged model is w_0 + u. At every place it is the weight of one of the models or of the
-base, so `elect` picks instead of adding: in any dtype the result has no rounding error, and u
-can be told from it and the base exactly.
+`algebra.emr` has the derivation.
 """
 
 from __future__ import annotations

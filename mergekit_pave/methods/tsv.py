@@ -1,25 +1,7 @@
-"""Task singular vectors (Gargiulo et al., CVPR 2025, arXiv 2412.00081).
+"""`tsv_m`: TSV-Merge (Gargiulo et al., CVPR 2025, arXiv 2412.00081) as a method of mergekit.
 
-`D_t = W_t - W_0` (out, in) is the delta of task `t = 1 ... T`, `D_t = U_t S_t V_t^T` its singular
-value decomposition and `R = min(out, in)`. Every task keeps its `k = R / T` leading triples, so
-that all of them fit into `R` dimensions. Side by side they are
-
-    U = [U_1 ... U_T] (out, Tk),  S = diag(S_1 ... S_T),  V = [V_1 ... V_T] (in, Tk).
-
-Singular task interference (section 3.2) is the sum of absolute entries of
-
-    (U^T U - I) S (V^T V - I),
-
-0 when no two tasks share an input or an output direction. TSV-Merge (section 4.2, Algorithm 1)
-replaces U and V by the nearest matrices with orthonormal columns, their polar factors
-`X (X^T X)^-1/2`, and merges to `W_0 + lambda U' S V'^T`. TSV-Compress (section 4.1) stores the
-`k` triples of each task instead.
-
-`flattening` evens the merged singular values out, and `strength: matched` scales the merge to the
-size of the task vectors' own answers (`algebra.response`); neither is in the paper.
-
-Everything is computed in float64, from the smaller Gram matrix where squaring costs no digits
-that matter: a half to a third of the time of an SVD.
+`algebra.tsv` has the derivation. `flattening` (`algebra.separation`) and `strength: matched`
+(`algebra.response`) are not in the paper.
 """
 
 from __future__ import annotations
