@@ -6,6 +6,9 @@ Everything a notebook needs, imported when it is first asked for:
     check_merge         what is wrong with a merge configuration, before anything is downloaded
     calibrate           compute a model's covariances on its own data, into a store on disk
     CovarianceStore     read one: the second moment of every linear layer's inputs
+    evaluate            how much of each expert a merge keeps, on held-out rows, without labels
+    tune                the strength at which it keeps most
+    RowOptions          which rows those two look at
     load_task_model     one task's model of an EMR merge, in memory
     materialize         the same, as a model folder
     compress            store fine-tunes as low-rank differences from their base
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from mergekit_pave.algebra import subspace
     from mergekit_pave.calibration.stores import calibrate
     from mergekit_pave.check import check as check_merge
+    from mergekit_pave.evaluation.run import evaluate
+    from mergekit_pave.evaluation.setup import RowOptions
+    from mergekit_pave.evaluation.tuned import tune
     from mergekit_pave.plugin import register
     from mergekit_pave.publish.card import write_card
     from mergekit_pave.publish.hub import push_merge, push_store
@@ -45,10 +51,12 @@ if TYPE_CHECKING:
     from mergekit_pave.tasks.reconstruct import reconstruct
 
 _PUBLIC = {
+    "RowOptions": "evaluation.setup:RowOptions",
     "CovarianceStore": "storage.covariances:CovarianceStore",
     "calibrate": "calibration.stores:calibrate",
     "check_merge": "check:check",
     "compress": "tasks.compress:compress",
+    "evaluate": "evaluation.run:evaluate",
     "load_task_model": "tasks.emr:load_task_model",
     "materialize": "tasks.emr:materialize",
     "push_merge": "publish.hub:push_merge",
@@ -56,12 +64,13 @@ _PUBLIC = {
     "reconstruct": "tasks.reconstruct:reconstruct",
     "register": "plugin:register",
     "subspace": "algebra.subspace",
+    "tune": "evaluation.tuned:tune",
     "write_card": "publish.card:write_card",
 }
 __all__ = [
-    "PaveError", "CovarianceStore", "calibrate", "check_merge", "compress",
-    "load_task_model", "materialize", "push_merge", "push_store", "reconstruct",
-    "register", "subspace", "write_card",
+    "PaveError", "CovarianceStore", "RowOptions", "calibrate", "check_merge", "compress",
+    "evaluate", "load_task_model", "materialize", "push_merge", "push_store", "reconstruct",
+    "register", "subspace", "tune", "write_card",
 ]
 
 

@@ -35,7 +35,7 @@ from mergekit_pave.calibration.load import Resources  # noqa: E402
 from mergekit_pave.evaluation.bench import Bench  # noqa: E402
 from mergekit_pave.evaluation.merging import merge_to  # noqa: E402
 from mergekit_pave.evaluation.objective import Objective, objective  # noqa: E402
-from mergekit_pave.evaluation.setup import Wanted, bench_of  # noqa: E402
+from mergekit_pave.evaluation.setup import RowOptions, bench_of  # noqa: E402
 from mergekit_pave.evaluation.strengths import at_strength  # noqa: E402
 from mergekit_pave.models.source import LoaderOptions, ModelSource  # noqa: E402
 from mergekit_pave.plugin import register  # noqa: E402
@@ -82,7 +82,8 @@ class Lab:
         """Held-out rows are the same for all methods: those behind what calibration draws."""
         method = next(m for m in METHODS if m.name == "tsv_regmean")
         config = reading.configuration(configuration(method, self.place))
-        bench = bench_of(config, Wanted(rows=self.rows), LoaderOptions(), Resources(), quiet=True)
+        bench = bench_of(
+            config, RowOptions(rows=self.rows), LoaderOptions(), Resources(), quiet=True)
         return bench, objective(bench)
 
     def run(self, names: tuple[str, ...], finished: bool = False) -> Iterator[dict]:

@@ -79,13 +79,14 @@ def evaluate(merges, config, rows, max_tokens, held_out, split, general, base, d
     from mergekit_pave.plugin import register
 
     register()
-    from mergekit_pave.evaluation.run import evaluate_merges
+    from mergekit_pave.evaluation.run import evaluate as evaluate_merges
     from mergekit_pave.evaluation.verdict import printed, table
 
-    wanted, options, resources = _settings(
+    which, options, resources = _settings(
         rows, max_tokens, held_out, split, general, base, device, max_memory, lora_merge_cache,
         transformers_cache, trust_remote_code)
-    results = evaluate_merges(merges, config, wanted, options, resources, length)
+    results = evaluate_merges(
+        merges, config, rows=which, options=options, resources=resources, length=length)
     click.echo(printed(table({r.name: r.everything for r in results})))
     for result in results:
         click.echo(f"\n{result.name}: {result.sentence}")
@@ -134,18 +135,17 @@ def tune_command(config, output, budget, methods, rows, max_tokens, held_out, sp
     from mergekit_pave.plugin import register
 
     register()
-    from mergekit_pave.evaluation.setup import read_configuration
-    from mergekit_pave.evaluation.tuned import parse_budget, tune
+    from mergekit_pave.evaluation.tuned import tune
 
-    wanted, options, resources = _settings(
+    which, options, resources = _settings(
         rows, max_tokens, held_out, split, None, base, device, max_memory, lora_merge_cache,
         transformers_cache, trust_remote_code)
     if output.resolve() == config.resolve():
         raise PaveError(f"{output} is the configuration itself; name another file for the result.")
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     try:
-        found = tune(read_configuration(config), output, wanted, options, resources,
-                     parse_budget(budget), names, click.echo)
+        found = tune(config, output, budget, names, rows=which, options=options,
+                     resources=resources, say=click.echo)
     except KeyboardInterrupt:
         raise PaveError(
             "Interrupted: what is scored is kept; run the same command again to go on.") from None
@@ -156,10 +156,10 @@ def _settings(rows, max_tokens, held_out, split, general, base, device, max_memo
               lora_merge_cache, transformers_cache, trust_remote_code, drawn=None):
     from mergekit_pave.calibration.load import Resources, parse_bytes
     from mergekit_pave.cli.options import device_of
-    from mergekit_pave.evaluation.setup import Wanted
+    from mergekit_pave.evaluation.setup import RowOptions
     from mergekit_pave.models.source import LoaderOptions
 
-    wanted = Wanted(rows, max_tokens, tuple(held_out), split, general, base, drawn)
+    wanted = RowOptions(rows, max_tokens, tuple(held_out), split, general, base, drawn)
     options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     resources = Resources(device_of(device), parse_bytes("--max-memory", max_memory))
     return wanted, options, resources

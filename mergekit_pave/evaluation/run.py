@@ -21,7 +21,7 @@ from mergekit_pave.evaluation.kept import (
 )
 from mergekit_pave.evaluation.merging import merge_to, working_folder
 from mergekit_pave.evaluation.scores import Scores
-from mergekit_pave.evaluation.setup import Wanted, bench_of, read_configuration, same_merge
+from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_configuration, same_merge
 from mergekit_pave.evaluation.verdict import OfTask, as_dict, sentence, verdicts
 from mergekit_pave.evaluation.writing import written
 from mergekit_pave.models.folder import check_finished
@@ -72,34 +72,40 @@ class Result:
         return {**as_dict(self.of_tasks, self.general), "written": texts}
 
 
-def evaluate_merges(
-    paths: Sequence[Path], config: Path | None, wanted: Wanted, options: LoaderOptions,
-    resources: Resources, length: int = 0, quiet: bool = False,
+def evaluate(
+    merges: Sequence[Path | str], config: Path | str | None = None, *,
+    rows: RowOptions = RowOptions(), options: LoaderOptions = LoaderOptions(),
+    resources: Resources = Resources(),
+    length: int = 0, quiet: bool = False,
 ) -> list[Result]:
-    """Score several merges of the same models.
+    """Score several merges of the same models on held-out rows of each model's task.
 
     Args:
-        paths: output folders or configurations.
+        merges: output folders, or configurations, which are merged and thrown away.
         config: a configuration to take models and data from, instead of the first one's.
-        wanted: which rows.
+        rows: which rows are scored.
         options: how models are loaded.
         resources: device and memory.
         length: tokens that language models write.
         quiet: no progress bars.
 
+    Returns:
+        One for each merge, in their order; `sentence` says it in words, `as_dict()` in numbers.
+
     Raises:
         PaveError: no merge, an unfinished one, or merges of different models.
     """
-    targets = [_target(path, config) for path in paths]
+    paths = [Path(path) for path in merges]
+    targets = [_target(path) for path in paths]
     targets = [Target(_name(i, targets), t.raw, t.folder) for i, t in enumerate(targets)]
-    first = read_configuration(config) if config else targets[0].raw
+    first = read_configuration(Path(config)) if config else targets[0].raw
     for path, target in zip(paths, targets, strict=True):
         same_merge(first, target.raw, path)
-    bench = bench_of(configuration(first), wanted, options, resources, quiet)
+    bench = bench_of(configuration(first), rows, options, resources, quiet)
     return [_result(bench, target, options, length) for target in targets]
 
 
-def _target(path: Path, config: Path | None) -> Target:
+def _target(path: Path) -> Target:
     raw = read_configuration(path)
     if not path.is_dir():
         return Target(path.stem, raw, None)

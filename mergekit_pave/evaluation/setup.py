@@ -23,7 +23,7 @@ from mergekit_pave.recipe.reading import CONFIGURATION, configuration, model_ref
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowOptions:
     """Which rows are wanted.
 
     Attributes:
@@ -84,7 +84,7 @@ def _models(config: MergeConfiguration) -> list[str]:
 
 
 def bench_of(
-    config: MergeConfiguration, wanted: Wanted, options: LoaderOptions, resources: Resources,
+    config: MergeConfiguration, wanted: RowOptions, options: LoaderOptions, resources: Resources,
     quiet: bool = False,
 ) -> Bench:
     """The bench of a merge: its experts with their rows, its base, the general rows.
@@ -143,7 +143,7 @@ def _column(entry: Input) -> str:
 
 
 def _rows(
-    entry: Input, source: ModelSource, wanted: Wanted, own: str | None
+    entry: Input, source: ModelSource, wanted: RowOptions, own: str | None
 ) -> HeldOut:
     has_data = entry.get("calibration_dataset") not in (None, DATA_FREE)
     calibrated = calibration_spec(entry) if has_data else None

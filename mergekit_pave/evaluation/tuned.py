@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,8 +15,8 @@ from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.merging import working_folder
 from mergekit_pave.evaluation.objective import objective
-from mergekit_pave.evaluation.setup import Wanted, bench_of
-from mergekit_pave.evaluation.space import Space, space_of
+from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_configuration
+from mergekit_pave.evaluation.space import Raw, Space, space_of
 from mergekit_pave.evaluation.tune import Budget, Trial, Tuner, gain
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.inputs import inputs
@@ -51,29 +50,35 @@ def parse_budget(text: str) -> Budget:
 
 
 def tune(
-    raw: Any, out: Path, wanted: Wanted, options: LoaderOptions, resources: Resources,
-    budget: Budget, methods: Sequence[str] = (), say: Callable[[str], None] = lambda text: None,
+    config: Path | str | Raw, out: Path | str, budget: Budget | str = DEFAULT_BUDGET,
+    methods: Sequence[str] = (), *,
+    rows: RowOptions = RowOptions(), options: LoaderOptions = LoaderOptions(),
+    resources: Resources = Resources(),
+    say: Callable[[str], None] = lambda text: None,
 ) -> Tuned:
     """Search a configuration's strength and second parameters, and write the best one to `out`.
 
     Args:
-        raw: the configuration as its YAML reads.
+        config: its file, or what its YAML reads as.
         out: the tuned one; merges lie beside it while they are looked at.
-        wanted: which rows candidates are scored on.
+        budget: merges or minutes, shared equally by the methods, as `--budget` takes it.
+        methods: to compare; by default the configuration's own.
+        rows: which rows candidates are scored on.
         options: how models are loaded.
         resources: device and memory.
-        budget: merges or seconds, shared equally by the methods.
-        methods: to compare; by default the configuration's own.
         say: told what is going on, line by line.
 
     Raises:
         PaveError: nothing that could be tuned, no rows, a budget too small, a full disk.
     """
+    raw = read_configuration(Path(config)) if isinstance(config, (str, Path)) else config
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    out = Path(out)
     spaces = [space_of(raw, name) for name in (methods or [raw.get("merge_method")])]
     _refuse_small(budget, spaces)
     draws = any(e.calibrated for s in spaces for e in inputs(configuration(s.raw)))
     # The given configuration names the data, whatever method is looked at.
-    bench = bench_of(configuration(raw), replace(wanted, drawn=draws, general=None), options,
+    bench = bench_of(configuration(raw), replace(rows, drawn=draws, general=None), options,
                      resources, quiet=True)
     _say_cost(bench, spaces, budget, out, say)
     aim = objective(bench)

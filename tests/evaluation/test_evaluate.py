@@ -22,7 +22,7 @@ from mergekit_pave.evaluation.bench import Bench
 from mergekit_pave.evaluation.held_out import given, held_out
 from mergekit_pave.evaluation.intervals import interval
 from mergekit_pave.evaluation.scores import TOP, kind_of, reference, score
-from mergekit_pave.evaluation.setup import Wanted, bench_of
+from mergekit_pave.evaluation.setup import RowOptions, bench_of
 from mergekit_pave.evaluation.verdict import sentence, verdicts
 from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.plugin import register
@@ -37,7 +37,7 @@ def _source(path) -> ModelSource:
 def _bench(families, texts, kind: str, method="pave_task_arithmetic", **wanted) -> Bench:
     register()
     config = configuration(recipe(families(kind), texts, method))
-    return bench_of(config, Wanted(rows=12, **wanted), LoaderOptions(), Resources(), quiet=True)
+    return bench_of(config, RowOptions(rows=12, **wanted), LoaderOptions(), Resources(), quiet=True)
 
 
 def test_held_out_rows_are_those_that_calibration_does_not_draw(families, texts):

@@ -14,14 +14,13 @@ from click.testing import CliRunner
 from helpers import recipe
 from safetensors.torch import load_file
 
-from mergekit_pave.calibration.load import Resources
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation import tuned as module
 from mergekit_pave.evaluation.merging import merge_to, working_folder
-from mergekit_pave.evaluation.run import evaluate_merges
+from mergekit_pave.evaluation.run import evaluate
 from mergekit_pave.evaluation.search import line, peak
-from mergekit_pave.evaluation.setup import Wanted
+from mergekit_pave.evaluation.setup import RowOptions
 from mergekit_pave.evaluation.space import AFFINE, space_of
 from mergekit_pave.evaluation.strengths import at_strength
 from mergekit_pave.evaluation.tune import Budget
@@ -32,7 +31,7 @@ from mergekit_pave.plugin import register
 
 def _tune(raw, out, budget=Budget, methods=(), rows=18, say=lambda text: None) -> Tuned:
     budget = Budget(merges=12) if budget is Budget else budget
-    return tune(raw, out, Wanted(rows=rows), LoaderOptions(), Resources(), budget, methods, say)
+    return tune(raw, out, budget, methods, rows=RowOptions(rows=rows), say=say)
 
 
 @pytest.mark.parametrize("top", [0.2, 1.0, 3.0])
@@ -108,8 +107,7 @@ def test_the_result_scores_what_it_says(families, texts, tmp_path):
     raw = recipe(families("bert"), texts, "tsv_regmean")
     del raw["parameters"]["rank_ratio"]
     found = _tune(raw, tmp_path / "tuned.yml", Budget(merges=5))
-    (result,) = evaluate_merges(
-        [tmp_path / "tuned.yml"], None, Wanted(rows=18), LoaderOptions(), Resources(), quiet=True)
+    (result,) = evaluate([tmp_path / "tuned.yml"], rows=RowOptions(rows=18), quiet=True)
     shares = [task.kept.value for task in result.of_tasks]
     assert sum(shares) / 2 == pytest.approx(found.best.value, abs=1e-3)
     assert found.best.value >= found.tuner.trials[0].value
