@@ -16,18 +16,17 @@ can be told from it and the base exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergekit_pave.algebra.choices import RESCALERS as RESCALERS
-from mergekit_pave.algebra.numeric import wide
+from mergekit_pave.algebra.numeric import summed, wide
 
 
 def elect(base: Tensor, models: Sequence[Tensor]) -> Tensor:
     """`w_0 + u`: of the models on the elected side of the base, the one furthest from it."""
-    positive = sum(_task_vector(base, model) for model in models) > 0
+    positive = summed(_task_vector(base, model) for model in models) > 0
     merged = base
     for model in models:
         merged = torch.where(torch.where(positive, model > merged, model < merged), model, merged)
@@ -43,7 +42,8 @@ def trace(base: Tensor, model: Tensor, merged: Tensor) -> Trace:
     return Trace(mask, own.abs().sum().item(), unified.abs().mul_(mask).sum().item())
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """Of one tensor: `sum |d_t|`, `sum |M_t u|`, and its number of entries."""
 
     own: float
@@ -79,7 +79,8 @@ def _task_vector(base: Tensor, model: Tensor) -> Tensor:
     return wide(model) - wide(base)
 
 
-class Trace(NamedTuple):
+@dataclass(frozen=True)
+class Trace:
     """One task at one tensor: its mask (bool), `sum |d_t|` and `sum |M_t u|`."""
 
     mask: Tensor

@@ -93,15 +93,14 @@ def toward(
         torch.linalg.LinAlgError: they are no second moments.
     """
     p = double(prior)
-    moment = moved = None
+    moment, moved = p.new_zeros(p.shape[1], p.shape[1]), torch.zeros_like(p)
     answer = 0.0
     for delta, covariance in zip(deltas, covariances, strict=True):
         d, c = double(delta), double(covariance())
         answered = d @ c
         answer += (answered * d).sum().item()
-        part = answered - p @ c
-        moment = c.clone() if moment is None else moment.add_(c)
-        moved = part if moved is None else moved.add_(part)
+        moment += c
+        moved += answered - p @ c
     mean = moment.diagonal().mean()
     if not mean > 0 or not mean.isfinite():
         raise ValueError("the covariances are empty or not finite")

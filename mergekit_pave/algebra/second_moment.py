@@ -53,14 +53,14 @@ class SecondMoment:
         A sum of squares cannot lose an Inf or NaN again, so the diagonal tells without
         another look at the rows.
         """
-        return self.sum.diagonal().isfinite().all()
+        return self.total.diagonal().isfinite().all()
 
     @property
-    def mean(self) -> Tensor:
-        """The second moment `X^T X / n`, `(width, width)`, exactly symmetric."""
-        if not self.count:
+    def total(self) -> Tensor:
+        """`sum`; raises `ValueError` before the first row."""
+        if self.sum is None:
             raise ValueError("a second moment needs at least one row")
-        return _mirrored(self.sum / self.count)
+        return self.sum
 
 
 def fold(matrix: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ same for all tasks, and the sum of all `D_t'` is RegMean's closed form (arXiv 22
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from mergekit_pave.algebra.leading import gram_eigh
-from mergekit_pave.algebra.numeric import cholesky, double
+from mergekit_pave.algebra.numeric import cholesky, double, summed
 
 
 @torch.no_grad()
@@ -78,24 +79,19 @@ def regmean(
         return c
 
     if averaging == 1:
-        total, moved = None, None
-        for model, delta in enumerate(deltas):
-            c = moment(model)
-            part = c @ delta.to(c).mT
-            total, moved = (c, part) if total is None else (total.add_(c), moved.add_(part))
-        return torch.cholesky_solve(moved, _factor(total)).mT
-    total = None
-    for model in range(len(weights)):
-        total = moment(model) if total is None else total.add_(moment(model))
-    merged = None
-    for model, delta in enumerate(deltas):
-        # Without data an unchanged weight has an empty covariance.
-        if weights[model] == 0 or not delta.any():
-            continue
+        moments = map(moment, range(len(weights)))
+        pairs = ((c, c @ d.to(c).mT) for c, d in zip(moments, deltas, strict=True))
+        total, moved = reduce(lambda a, b: (a[0].add_(b[0]), a[1].add_(b[1])), pairs)
+        return torch.cholesky_solve(moved, cholesky(_floored(total))).mT
+    total = summed(map(moment, range(len(weights))))
+
+    def separated(model: int, delta: Tensor) -> Tensor:
         c = moment(model)
-        part = separate(delta, c, _floored(torch.lerp(c, total, averaging)))
-        merged = part if merged is None else merged.add_(part)
-    return merged
+        return separate(delta, c, _floored(torch.lerp(c, total, averaging)))
+
+    # Without data an unchanged weight has an empty covariance.
+    return summed(separated(model, delta) for model, delta in enumerate(deltas)
+                  if weights[model] and delta.any())
 
 
 def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
@@ -107,7 +103,7 @@ def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
     d = double(delta)
     squares, v = gram_eigh(d.mT if flat else d)
     s = squares.clamp_min(0).sqrt()
-    if s[0] < _RESOLVED * s[-1] and max(_NULL * s[-1], noise) < _RESOLVED * s[-1]:
+    if s[0] < _RESOLVED * s[-1] and noise < _RESOLVED * s[-1]:
         u, s, vh = torch.linalg.svd(d, full_matrices=False)
         v = u if flat else vh.mT
     # Null directions stay null: S^0 would give them the strength of all others.
@@ -126,7 +122,3 @@ def _floored(moment: Tensor) -> Tensor:
         raise ValueError("the covariances are empty or not finite")
     moment.diagonal().add_(_FLOOR * mean)
     return moment
-
-
-def _factor(moment: Tensor) -> Tensor:
-    return cholesky(_floored(moment))

@@ -85,7 +85,7 @@ def damped(
     mean = c.diagonal().mean().item()
     if mean <= 0:
         raise ValueError("the covariance is empty: its trace is not positive")
-    c.diagonal().add_(dampening_frac * mean if regularization is None else regularization)
+    c.diagonal().add_((dampening_frac or 0.0) * mean + (regularization or 0.0))
     return c
 
 
@@ -111,11 +111,9 @@ def tail(
         seed: of the random directions, and of the start of the iteration (the result of which
             does not depend on it beyond rounding).
     """
-    _check(weight, covariance, count, subspace)
-    w = weight.to(torch.float64)
+    w, c = _checked(weight, covariance, count, subspace)
     if subspace == "random":
         return _random_tail(w, count, seed)
-    c = covariance.to(w) if subspace == "covariance" else None
     factor, lift = _reduce(w, c)
     directions, largest, route = _smallest(factor, count, seed)
     basis = lift(directions)
@@ -139,14 +137,16 @@ def spectrum(
     weight: Tensor, covariance: Tensor | None = None, subspace: str = "covariance"
 ) -> Tensor:
     """All `R` singular values of `A`, float64, descending."""
-    _check(weight, covariance, 0, subspace)
-    w = weight.to(torch.float64)
+    w, c = _checked(weight, covariance, 0, subspace)
     if subspace == "random":
         return w.new_ones(min(w.shape))
-    return torch.linalg.svdvals(w @ covariance.to(w) if subspace == "covariance" else w)
+    return torch.linalg.svdvals(w if c is None else w @ c)
 
 
-def _check(weight: Tensor, covariance: Tensor | None, count: int, subspace: str) -> None:
+def _checked(
+    weight: Tensor, covariance: Tensor | None, count: int, subspace: str
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and covariance in float64; `None` where no covariance is looked at."""
     if subspace not in ("covariance", "svd", "random"):
         raise ValueError(f"subspace must be covariance, svd or random; got {subspace!r}")
     if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
@@ -155,10 +155,13 @@ def _check(weight: Tensor, covariance: Tensor | None, count: int, subspace: str)
         raise ValueError(f"count must be in [0, {min(weight.shape) - 1}]; got {count}")
     if not weight.sum(dtype=torch.float64).isfinite():
         raise ValueError("the weight has NaN or infinite entries")
-    width = weight.shape[1]
-    if subspace == "covariance" and (covariance is None or covariance.shape != (width, width)):
+    w, width = weight.to(torch.float64), weight.shape[1]
+    if subspace != "covariance":
+        return w, None
+    if covariance is None or covariance.shape != (width, width):
         found = None if covariance is None else tuple(covariance.shape)
         raise ValueError(f"the weight needs a {(width, width)} covariance; got {found}")
+    return w, covariance.to(w)
 
 
 def _random_tail(w: Tensor, count: int, seed: int) -> Tail:
@@ -172,8 +175,9 @@ def _random_tail(w: Tensor, count: int, seed: int) -> Tail:
 
 def _noise(like: Tensor, rows: int, columns: int, seed: int) -> Tensor:
     # Drawn on the CPU, so that every device starts from the same numbers.
-    where = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
-    return torch.randn(rows, columns, dtype=torch.float64, **where).to(like)
+    drawn = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(
+        rows, columns, dtype=torch.float64, generator=drawn, device="cpu").to(like)
 
 
 def _reduce(w: Tensor, c: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

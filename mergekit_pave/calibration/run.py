@@ -157,7 +157,7 @@ class _Collector:
         self.workers.total(moments)
         if self.writer:
             # A second moment of zeros ranks no direction above another.
-            for name in [n for n, m in moments.items() if not (m.count and m.sum.any())]:
+            for name in [n for n, m in moments.items() if not (m.count and m.total.any())]:
                 del moments[name]
             self.writer.take(moments)
 

@@ -13,7 +13,8 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 from torch import Tensor
 
-from mergekit_pave.algebra.emr import RESCALERS, elect, trace
+from mergekit_pave.algebra.choices import RESCALERS
+from mergekit_pave.algebra.emr import elect, trace
 from mergekit_pave.algebra.papers import EMR
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import StatefulMethod, check_finite, spec_of

@@ -140,7 +140,7 @@ class StoreWriter:
         while moments:
             name = next(iter(moments))
             moment = moments.pop(name)
-            folded[name] = fold(moment.sum.cpu()).div_(moment.count)
+            folded[name] = fold(moment.total.cpu()).div_(moment.count)
             sites[name] = Site(folded[name].shape[1] - 1, moment.count)
         file = self.folder / f"covariance-{self._next:05d}.safetensors"
         self._next += 1

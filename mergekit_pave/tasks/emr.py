@@ -22,7 +22,8 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tensor_writer import TensorWriter
 from torch import Tensor
 
-from mergekit_pave.algebra.emr import RESCALERS, Sums, scale, task_weight
+from mergekit_pave.algebra.choices import RESCALERS
+from mergekit_pave.algebra.emr import Sums, scale, task_weight
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import check_finished, companions, is_companion
 from mergekit_pave.models.layers import empty_model

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.emr import our_models, papers_models, random_models
 
-from mergekit_pave.algebra.emr import RESCALERS, elect, trace
+from mergekit_pave.algebra.choices import RESCALERS
+from mergekit_pave.algebra.emr import elect, trace
 from mergekit_pave.storage import masks as task_masks
 
 

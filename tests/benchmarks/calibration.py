@@ -35,7 +35,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_pave.algebra.second_moment import SecondMoment
+from mergekit_pave.algebra.second_moment import SecondMoment, fold, unfold
 from mergekit_pave.calibration.collect import collect_window, forward, plan_sites, watching
 from mergekit_pave.models.layers import linear_layers
 from mergekit_pave.storage.covariances import StoreWriter
@@ -124,7 +124,8 @@ def _error(chunks) -> float:
         ours.add(x)
         exact = exact + x.double().T @ x.double()
     exact = exact / ours.count
-    return float((ours.mean.double() - exact).norm() / exact.norm())
+    mean = unfold(fold(ours.total) / ours.count).double()
+    return float((mean - exact).norm() / exact.norm())
 
 
 def measure(layers: int, repeats: int, clock: Callable) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_equal, crew, source_of, spec_of, write_texts
+from helpers import assert_equal, crew, mean_of, source_of, spec_of, write_texts
 
 from mergekit_pave.algebra.second_moment import SecondMoment
 from mergekit_pave.calibration.load import Resources
@@ -139,7 +139,7 @@ def _one_sided(workers: Workers):
     for name in ("main" if workers.main else "other", "both"):
         moments[name].add(rows)
     workers.total(moments)
-    return {name: (m.count, m.count and m.mean.tolist()) for name, m in moments.items()}
+    return {name: (m.count, m.count and mean_of(m).tolist()) for name, m in moments.items()}
 
 
 def test_sites_that_one_process_has_not_seen():

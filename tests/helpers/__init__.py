@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave import cli
-from mergekit_pave.algebra.second_moment import SecondMoment
+from mergekit_pave.algebra.second_moment import SecondMoment, fold, unfold
 from mergekit_pave.calibration.processes import Workers
 from mergekit_pave.calibration.samples import load_samples
 from mergekit_pave.check import check
@@ -287,6 +287,11 @@ ABOUT = {
     "model": {"id": "expert", "revision": None, "digest": "0"},
     "data": {"dataset": "openai/gsm8k", "local": False, "tokens": 7},
 }
+
+
+def mean_of(moment: SecondMoment) -> torch.Tensor:
+    """The second moment `(width, width)` as a store gives it back."""
+    return unfold(fold(moment.total).div_(moment.count))
 
 
 def add_window(writer: StoreWriter, covariances: dict[str, tuple[torch.Tensor, int]]) -> None:
