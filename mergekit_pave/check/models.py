@@ -19,6 +19,7 @@ from mergekit_pave.calibration.samples import refuse_unreadable
 from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.adapted import only_by_peft
 from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -47,6 +48,8 @@ def check_models(
         own = _mergeable(entry.model, options, entry.where)
         if entry.model.lora:
             _check_adapter(entry)
+            if not options.lora_merge_cache and (why := only_by_peft(entry.model, options)):
+                yield error(entry.where, why)
         where, model = entry.where, entry.model
         if not allowed.crimes and _different(own, base):
             yield error(

@@ -30,6 +30,11 @@ from mergekit_pave.recipe.spelling import suggestion
 def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
     """Everything about the inputs that needs no look at them."""
     method = merge_methods.get(config.merge_method)
+    if config.base_model and config.base_model.lora and not options.lora_merge_cache:
+        yield error(
+            "base_model", f"{config.base_model} names an adapter: add --lora-merge-cache DIR to "
+            "the command, for the merged copy."
+        )
     for where, base, members in _groups(config):
         yield from _check_group(where, base, [model for _, model, _ in members], method)
         yield from _check_weights(where, list(_fine_tunes(base, members, method)))
@@ -56,10 +61,11 @@ def _check_entry(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
                 entry.where, f"{entry.method.spec.name} needs a value for {spec.name}: add "
                 f"`{spec.name}: VALUE` to `parameters`."
             )
-    if entry.model.lora and not options.lora_merge_cache:
+    if entry.model.lora and entry.calibrated and not options.lora_merge_cache:
         yield error(
-            entry.where, f"{entry.model} names an adapter: add --lora-merge-cache DIR to the "
-            "command (a path with a `+` is read as model plus adapter)."
+            entry.where, f"{entry.model} names an adapter, and data go through the merged copy: "
+            "add --lora-merge-cache DIR to the command (a path with a `+` is read as model plus "
+            "adapter)."
         )
     if entry.looked_at and not (entry.get("covariance") or entry.get("calibration_dataset")):
         yield error(

@@ -33,7 +33,7 @@ def unfit(model: ModelReference, options: LoaderOptions) -> str | None:
         return None
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     for key, header in adapter_headers(folder).items():
-        name, factor = _target(key)
+        name, factor = target(key)
         there = shapes.get(name)
         if there is None:
             # An adapter's bias, prompt or magnitude: peft knows where it belongs.
@@ -57,7 +57,7 @@ def folder_is_local(model: ModelReference) -> bool:
     return model.lora.path.startswith((".", "/", "~"))
 
 
-def _target(key: str) -> tuple[str, str]:
+def target(key: str) -> tuple[str, str]:
     """The weight that a tensor of an adapter changes, and which factor it is, if any."""
     name = key.removeprefix(_PREFIX)
     for factor in _FACTORS:

@@ -49,7 +49,8 @@ def read(model: ModelReference, options: LoaderOptions, fetch: bool = False) -> 
     """A model's checkpoint by its headers; `None` where its files are not on this machine yet.
 
     Args:
-        model: with an adapter, the copy it is merged into is read, and made with `fetch` only.
+        model: with an adapter, the copy it is merged into is read, and made with `fetch` only;
+            without a place for copies, the model alone, whose names and shapes are the same.
         options: where downloads and merged copies are kept.
         fetch: download what is missing.
 
@@ -57,8 +58,8 @@ def read(model: ModelReference, options: LoaderOptions, fetch: bool = False) -> 
         PaveError: files that are missing, damaged, or fit no index. The message names the file.
     """
     if fetch:
-        folder = Path(model_source(model, options).path)
-    elif model.lora:
+        folder = Path(model_source(model, options, unmerged=True).path)
+    elif model.lora and options.lora_merge_cache:
         return None
     else:
         folder = folder_of(model.model, options.cache_dir)

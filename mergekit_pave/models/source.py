@@ -48,18 +48,30 @@ class LoaderOptions:
         )
 
 
-def model_source(model: ModelReference, options: LoaderOptions) -> ModelSource:
+def model_source(
+    model: ModelReference, options: LoaderOptions, unmerged: bool = False
+) -> ModelSource:
     """Download or find a model's weights, a LoRA merged into them as mergekit does it.
+
+    Args:
+        model: what the YAML names.
+        options: where downloads and merged copies are kept.
+        unmerged: without a place for merged copies, take the model without its adapter, whose
+            tensors `models.adapted` gives.
 
     Raises:
         PaveError: an adapter without a place for the merged copy.
     """
-    if model.lora and not options.lora_merge_cache:
+    merged = model
+    if model.lora and options.lora_merge_cache:
+        merged = _merged(model, options)
+    elif model.lora and unmerged:
+        merged = ModelReference(model=model.model)
+    elif model.lora:
         raise PaveError(
             f"{model} names an adapter: give mergekit a folder for the merged copy with "
             "--lora-merge-cache DIR."
         )
-    merged = _merged(model, options) if model.lora else model
     label = name_of(model.model.path)
     if model.lora:
         label += "+" + name_of(model.lora.path)

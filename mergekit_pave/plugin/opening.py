@@ -57,7 +57,8 @@ def open_state(
             trust = loading.trust_remote_code
             settings = entry.model.config(trust_remote_code=trust)
             tables[entry.model] = layer_table(
-                settings, trust, name_of(str(entry.model)), model_source(entry.model, loading).path)
+                settings, trust, name_of(str(entry.model)),
+                model_source(entry.model, loading, unmerged=True).path)
     return MergeState(
         stores, tables, _masks(config, entries, out, options), _reasons(config, loading))
 
@@ -103,7 +104,7 @@ def keep_own_files(
         return
     for entry in {entry.model: entry for entry in entries}.values():
         base = read_config(entry.base, loading)
-        source = model_source(entry.model, loading)
+        source = model_source(entry.model, loading, unmerged=True)
         masks.keep(entry.model, own_files(source, base, out, masks.rearranges))
 
 

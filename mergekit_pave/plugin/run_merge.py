@@ -32,6 +32,7 @@ from mergekit_pave.models.folder import copy_sentence_files
 from mergekit_pave.models.planned import refuse_incomplete
 from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import mends
+from mergekit_pave.plugin.loaders import close_earlier, open_adapted
 from mergekit_pave.plugin.opening import keep_own_files, open_state, writes_masks
 from mergekit_pave.plugin.output import is_replaced_whole, refuse_inputs, taking_the_place
 from mergekit_pave.publish import record
@@ -81,6 +82,7 @@ def attach(module: ModuleType) -> None:
 
 
 def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, source) -> Any:
+    close_earlier(config)
     name = config.merge_method
     if not is_ours(name) and not looks_like_ours(name):
         if warning := ignored(config):
@@ -99,6 +101,7 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
         LoaderCache().setup(options=options)
         # Downloads the models, so that one that does not fit is refused before any is calibrated.
         planned = architecture(config, loading, allowed)
+        open_adapted(config, options)
     entries = inputs(config)
     if writes_masks(entries):
         refuse_others(out_path)
@@ -126,7 +129,8 @@ def _keep_sentence_files(config: MergeConfiguration, out: Path, loading: LoaderO
         return
     models = [config.base_model, *config.referenced_models()]
     named = dict.fromkeys(model for model in models if model is not None)
-    copy_sentence_files((Path(model_source(model, loading).path) for model in named), out)
+    sources = (model_source(model, loading, unmerged=True) for model in named)
+    copy_sentence_files((Path(source.path) for source in sources), out)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import threading
 import mergekit.merge
 import pytest
 import torch
-from helpers import config_of, merge, tensors_of, write_texts
+import transformers
+from helpers import config_of, emr_config, make_family, merge, tensors_of, write_texts
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get, merge_tensors, registered_methods
@@ -179,3 +180,20 @@ def test_data_may_be_given_once_for_all(families, tmp_path):
     each = config_of(paths, "pave_ties", [data], rank_ratio=0.9)
     a, b = merge(once, tmp_path / "once"), merge(each, tmp_path / "each")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "linear"])
+def test_a_model_that_was_trained_further_is_merged_anew(tmp_path, method):
+    """mergekit keeps a model's files open by its name as long as the process lives."""
+    paths = make_family(tmp_path, "llama")
+    config = emr_config(paths, method, parameters={"weight": 1.0})
+    first = merge(config, tmp_path / "first")
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths["expert0"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(paths["expert0"], max_shard_size="20KB")
+    (paths["expert0"] / "model.safetensors").unlink(missing_ok=True)
+    again = merge(config, tmp_path / "again")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(first[name], again[name])
