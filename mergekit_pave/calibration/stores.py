@@ -14,7 +14,8 @@ from mergekit_pave.calibration.load import Resources
 from mergekit_pave.calibration.run import calibrate as compute
 from mergekit_pave.calibration.run import calibrate_to, samples_of
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.source import _NOT_THERE, LoaderOptions, ModelSource, model_source
+from mergekit_pave.models.merged_copies import NOT_THERE
+from mergekit_pave.models.source import LoaderOptions, ModelSource, model_source
 from mergekit_pave.recipe.parameters import CalibrationSpec, CovarianceSource
 from mergekit_pave.recipe.reading import model_reference
 from mergekit_pave.storage.archive import MANIFEST
@@ -106,7 +107,7 @@ def fetch_store(
                 allow_patterns=[MANIFEST, "*.safetensors" if covariances else FINGERPRINTS],
             )
             return CovarianceStore(folder, complete=covariances)
-        except _NOT_THERE as failure:
+        except NOT_THERE as failure:
             error = failure
     raise PaveError(
         f"covariance: {where!r} is neither a local folder nor a covariance store on the Hub "

@@ -34,6 +34,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapters import target, unfit
 from mergekit_pave.models.headers import ADAPTERS, folder_of
 from mergekit_pave.models.layers import empty_model, is_transposed
+from mergekit_pave.models.merged_copies import NOT_THERE
 from mergekit_pave.models.renaming import ClassNames
 from mergekit_pave.models.source import LoaderOptions, model_source
 
@@ -112,7 +113,7 @@ def adapted_loader(
             if own not in there or own in tied:
                 raise ValueError(f"it changes {own}, which is no tensor of its own in the files")
             changes[there[own]] = change
-    except ValueError as error:
+    except (ValueError, TypeError, re.error) as error:
         raise PaveError(_needs_copy(model, str(error))) from error
     wanted = options.lora_merge_dtype or dtype
     return AdaptedLoader(
@@ -152,7 +153,7 @@ def _changes(
 def _scale(settings: Mapping[str, Any], layer: str, rank: int) -> float:
     patterns = settings.get("alpha_pattern") or {}
     own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
-    alpha = next(own, settings["lora_alpha"])
+    alpha = next(own, settings.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -194,9 +195,14 @@ def _folder(model: ModelReference, options: LoaderOptions) -> Path:
     part = model.lora
     if Path(part.path).exists():
         return Path(part.path)
-    return Path(snapshot_download(
-        part.path, revision=part.revision, cache_dir=options.cache_dir,
-        allow_patterns=["adapter_*"]))
+    try:
+        return Path(snapshot_download(
+            part.path, revision=part.revision, cache_dir=options.cache_dir,
+            allow_patterns=["adapter_*"]))
+    except NOT_THERE as fault:
+        raise PaveError(
+            f"The adapter {part} cannot be had ({str(fault).splitlines()[0].rstrip('.:')}): check "
+            "the name, the network and, for a gated one, `hf auth login`.") from fault
 
 
 def _settings(folder: Path) -> dict[str, Any]:

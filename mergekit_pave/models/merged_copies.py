@@ -19,7 +19,8 @@ from mergekit.common import ModelPath, ModelReference
 
 from mergekit_pave.storage.files import locked
 
-_NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
+# What the Hub's client raises of a file that is not there, or cannot be reached.
+NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
 
 
 def merged_copy(
@@ -108,6 +109,6 @@ def _commit(part: ModelPath, name: str) -> str:
     """The revision of a repository that is used now; its name where that cannot be told."""
     try:
         path = hf_hub_download(part.path, name, revision=part.revision)
-    except _NOT_THERE:
+    except NOT_THERE:
         return str(part.revision)
     return Path(path).parent.name

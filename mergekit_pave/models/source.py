@@ -11,7 +11,6 @@ from typing import Any
 
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.options import MergeOptions
@@ -20,12 +19,9 @@ from transformers import PretrainedConfig
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import refuse_quantised
-from mergekit_pave.models.merged_copies import merged_copy
+from mergekit_pave.models.merged_copies import NOT_THERE, merged_copy
 from mergekit_pave.models.names import name_of
 from mergekit_pave.storage.identity import digest
-
-# On the Hub, or in its cache while that cannot be reached.
-_NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def _has_tokenizer(adapter: ModelPath, options: LoaderOptions) -> bool:
     try:
         hf_hub_download(
             adapter.path, name, revision=adapter.revision, cache_dir=options.cache_dir)
-    except _NOT_THERE:
+    except NOT_THERE:
         return False
     return True
 
@@ -123,7 +119,7 @@ def tokenizer_folder(source: ModelSource) -> Path | None:
     path = ModelPath(path=source.tokenizer, revision=source.revision)
     try:
         return Path(ModelReference(model=path).local_path(source.cache_dir))
-    except _NOT_THERE:
+    except NOT_THERE:
         return None
 
 

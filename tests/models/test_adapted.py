@@ -140,3 +140,21 @@ def test_data_go_through_a_merged_copy(families, texts, tmp_path):
     with pytest.raises(PaveError, match="--lora-merge-cache"):
         run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "out"), MergeOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_not_there(families, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = families("llama")["base"]
+    with pytest.raises(PaveError, match="The adapter nobody/nothing cannot be had"):
+        adapted_loader(ModelReference.model_validate(f"{base}+nobody/nothing"), OPTIONS)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": "x"}, {"alpha_pattern": {"(": 1}}, []])
+def test_settings_that_are_none(families, tmp_path, change):
+    base = families("llama")["base"]
+    folder = adapter(base, tmp_path / "adapter", "llama", target_modules=Q)
+    file = folder / "adapter_config.json"
+    settings = {**json.loads(file.read_text()), **change} if change else change
+    file.write_text(json.dumps(settings))
+    with pytest.raises(PaveError):
+        adapted_loader(reference(base, folder), OPTIONS)
