@@ -7,13 +7,9 @@ folder that is cut off in between has none, and every loader refuses it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import shutil
-import socket
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +21,7 @@ from mergekit_pave.models.folder import companions, sentence_files
 from mergekit_pave.publish import record
 from mergekit_pave.recipe.reading import CONFIGURATION
 from mergekit_pave.storage import masks
-from mergekit_pave.storage.files import to_disk
+from mergekit_pave.storage.files import make_folder, scratch, to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +29,6 @@ _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?"
 )
 _CARD, _CONFIG = "README.md", "config.json"
-_STAGING = ".merging-"
-# Tells a staging folder of ours from a user's folder that is called the same.
-_MARKER = "mergekit-pave-staging.json"
 
 
 @contextmanager
@@ -47,25 +40,15 @@ def taking_the_place(out_path: Path | str) -> Iterator[Path]:
     """
     out = Path(out_path)
     existed = out.exists()
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        staging = out / f"{_STAGING}{uuid.uuid4().hex[:12]}"
-        staging.mkdir()
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        (staging / _MARKER).write_text(json.dumps(owner), "utf-8")
-    except OSError as error:
-        raise PaveError(
-            f"Cannot write to the output folder {out} ({error.strerror}); name another one."
-        ) from error
-    # mergekit titles the model card by the folder's own name.
-    inner = staging / (out.resolve().name or "merge")
-    try:
-        yield inner
-        if inner.is_dir():
-            _replace(out, inner)
+        with scratch(out) as staging:
+            # mergekit titles the model card by the folder's own name.
+            inner = staging / (out.resolve().name or "merge")
+            yield inner
+            if inner.is_dir():
+                _replace(out, inner)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         if not existed:
             with suppress(OSError):
                 out.rmdir()  # nothing was written
@@ -105,28 +88,6 @@ def _earlier(out: Path) -> list[Path]:
 
 def _weights(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if _WEIGHTS.fullmatch(path.name)]
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Staging folders of processes of this machine that have died."""
-    for folder in out.glob(f"{_STAGING}*"):
-        try:
-            owner = json.loads((folder / _MARKER).read_text("utf-8"))
-            dead = owner["host"] == socket.gethostname() and not _is_alive(owner["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if dead:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def refuse_inputs(out_path: Path | str, models: Iterable[ModelReference]) -> None:

@@ -149,7 +149,8 @@ def write_tensors(
     header = {"kind": kind.name, "format": kind.format, **about}
     if about:
         header["entries"] = {name: asdict(entry) for name, entry in entries.items()}
-    metadata = {"format": "pt", _HEADER: json.dumps(header)}
+    # One key: safetensors writes several in any order, and equal content is to be equal files.
+    metadata = {_HEADER: json.dumps(header)}
     write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
     return entries
 

@@ -80,19 +80,20 @@ class Kept:
 
     def check(self, parts: Mapping[str, Entry | None]) -> None:
         """Raise `ValueError` unless these parts, by suffix, are what `compress` has written."""
-        shapes = {key: part and part.shape for key, part in parts.items()}
+        stored = {key: part for key, part in parts.items() if part}
+        shapes = {key: part.shape for key, part in stored.items()}
         if self.how == "factors":
             m, n = self.shape
             expected = {"::u": (m, self.rank), "::s": (self.rank,), "::v": (n, self.rank)}
         elif self.how == "rows":
-            rows = shapes["::rows"]
+            rows = shapes.get("::rows", ())
             expected = {"": (*rows, *self.shape[1:]), "::rows": rows[:1]}
         else:
             expected = {"": self.shape} if self.how == "whole" else {}
         if shapes != expected or (self.base is None) != (self.how == "whole"):
             raise ValueError(f"{self.how} of {list(self.shape)} does not fit {shapes}")
         dtypes = {"": self.dtype, "::rows": "int32"}
-        if any(part.dtype != dtypes.get(key, part.dtype) for key, part in parts.items()):
+        if any(part.dtype != dtypes.get(key, part.dtype) for key, part in stored.items()):
             raise ValueError(f"{self.how} in {self.dtype} does not fit {parts}")
 
 

@@ -128,7 +128,7 @@ def test_what_an_earlier_merge_wrote_beside_its_weights_goes_with_it(paths, tmp_
 def test_a_folder_that_is_no_merge_keeps_its_files(paths, tmp_path):
     out = tmp_path / "out"
     mine = ("notes.txt", ".manifest.json.1.tmp", "emr/manifest.json",
-            "emr/masks-00000.safetensors", ".merging-0/note")
+            "emr/masks-00000.safetensors", ".mergekit-pave-0/note")
     for name in mine:
         (out / name).parent.mkdir(exist_ok=True, parents=True)
         (out / name).write_text("mine")

@@ -43,7 +43,7 @@ def contents(out: Path) -> dict[str, bytes]:
     """The visible files below a folder, but for the user's own."""
     files = (f for f in out.rglob("*") if f.is_file())
     return {str(f.relative_to(out)): _said(f) for f in files
-            if ".merging-" not in str(f) and f.name != "notes.txt"}
+            if ".mergekit-pave-" not in str(f) and f.name != "notes.txt"}
 
 
 def _said(file: Path) -> bytes:
@@ -107,7 +107,7 @@ def test_killed_at_random_moments(paths, wholes, tmp_path, used, method):
         assert not used or (out / "notes.txt").read_text() == "mine"
         # The next merge makes it whole, and leaves nothing of the killed one.
         merge(config, out, **WRITES)
-        assert contents(out) == allowed[0] and not list(out.glob(".merging-*"))
+        assert contents(out) == allowed[0] and not list(out.glob(".mergekit-pave-*"))
     assert cut > 10, "hardly any merge was cut short"
 
 
@@ -141,6 +141,6 @@ def test_a_disk_that_is_full_at_any_moment(paths, wholes, tmp_path, monkeypatch,
         except (OSError, PaveError):
             assert_whole_or_refused(out, allowed)
             assert not used or (out / "notes.txt").read_text() == "mine"
-            assert not list(out.glob(".merging-*"))
+            assert not list(out.glob(".mergekit-pave-*"))
         moments += 1
     assert moments > 8

@@ -270,6 +270,13 @@ def test_every_dtype_comes_back(tmp_path, dtype, shape):
     assert checksum(found) == checksum(tensor)
 
 
+def test_equal_content_is_equal_files(tmp_path):
+    for i in range(8):
+        (tmp_path / str(i)).mkdir()
+        write_tensors(tmp_path / str(i) / "t.safetensors", KIND, {"t": torch.ones(3)}, about=1)
+    assert len({file.read_bytes() for file in tmp_path.rglob("*.safetensors")}) == 1
+
+
 def test_sizes_are_compared_before_anything_is_read(tmp_path, monkeypatch):
     write_tensors(tmp_path / "t.safetensors", KIND, {"t": torch.ones(3)})
     archive = Archive(tmp_path, KIND, {"t": Entry("t.safetensors", (4,), "float32", "0")})

@@ -39,7 +39,7 @@ def test_a_failed_merge_leaves_the_earlier_masks(emr_trio, tmp_path, monkeypatch
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 15:
-            assert list(tmp_path.glob("*/.merging-*/*/emr/masks-*"))
+            assert list(tmp_path.glob("*/.mergekit-pave-*/content/*/emr/masks-*"))
             raise KeyboardInterrupt
         return elect(*arguments)
 
@@ -70,11 +70,11 @@ def test_a_killed_merge_leaves_nothing_that_counts(emr_trio, tmp_path):
         "run_merge(config, 'out', MergeOptions(quiet=True))\n")
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
     out = tmp_path / "out"
-    (left,) = out.glob(".merging-*/out/emr")
+    (left,) = out.glob(".mergekit-pave-*/content/out/emr")
     assert len(list(left.iterdir())) == 3
     refused("has no task masks", task_tensors, out, 0)
     merge(emr_config(paths), out)
-    assert not list(out.glob(".merging-*"))
+    assert not list(out.glob(".mergekit-pave-*"))
     names = {file.name for file in (out / "emr").iterdir()}
     assert names == {"manifest.json", "masks-00000.safetensors"}
 
