@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.layers import BUILDING
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 
 _POSITION_KEYS = (
@@ -97,7 +98,7 @@ def _unusable_positions(config: PreTrainedConfig) -> int:
     limit is near enough to matter.
     """
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             model = AutoModel.from_config(copy.deepcopy(config))
     except Exception:  # remote code, or an architecture without a plain model
         return 0

@@ -13,7 +13,7 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import model_class, refuse_quantised
+from mergekit_pave.models.layers import BUILDING, model_class, refuse_quantised
 from mergekit_pave.models.loaded import NO_ADAPTER, refuse_other_values, refuse_random
 from mergekit_pave.models.source import ModelSource
 
@@ -116,10 +116,11 @@ def load_model(
     if other_head:
         extra["ignore_mismatched_sizes"] = True
     try:
-        model, info = cls.from_pretrained(
-            source.path, config=config, dtype=dtype, output_loading_info=True, **NO_ADAPTER,
-            **placement, **extra,
-        )
+        with BUILDING:
+            model, info = cls.from_pretrained(
+                source.path, config=config, dtype=dtype, output_loading_info=True, **NO_ADAPTER,
+                **placement, **extra,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise PaveError(f"Cannot load {source.label} for calibration: {error}") from error
     refuse_random(model, info, source.label, head=head)

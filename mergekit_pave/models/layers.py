@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_pave.errors import PaveError
 
 logger = logging.getLogger(__name__)
+# transformers changes the default dtype of the whole process while it builds a model: two threads
+# that build at once would leave one's dtype behind for all.
+BUILDING = threading.RLock()
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
@@ -99,7 +103,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
     """The model of a config without weights (on the `meta` device), to list its layers."""
     cls = model_class(config)
     # accelerate's own way changes torch.nn.Module for all threads, a merge beside this one too.
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         if hasattr(cls, "from_config"):
             return cls.from_config(config, trust_remote_code=trust_remote_code)
         return cls(config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 
-from mergekit_pave.storage.files import locked
+from mergekit_pave.models.layers import BUILDING
+from mergekit_pave.storage.files import locked, scratch
 
 # What the Hub's client raises of a file that is not there, or cannot be reached.
 NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
@@ -47,17 +47,9 @@ def merged_copy(
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f".{name}.lock"):
             if not target.exists():
-                _make(target, cache / f".{name}.tmp", make)
+                with scratch(cache) as temporary, BUILDING:
+                    os.replace(make(str(temporary)).model.path, target)
     return ModelReference(model=ModelPath(path=str(target)))
-
-
-def _make(target: Path, temporary: Path, make: Callable[[str], ModelReference]) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    try:
-        made = make(str(temporary))
-        os.replace(made.model.path, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _name(part: ModelPath) -> str:

@@ -21,6 +21,7 @@ from mergekit.options import MergeOptions
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.architecture import by_names
 from mergekit_pave.models.checkpoint import Checkpoint, checkpoint, read
+from mergekit_pave.models.layers import BUILDING
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.storage.identity import same_layer
 
@@ -109,9 +110,11 @@ def _inferred(
     local = {key: ModelReference(model=ModelPath(path=str(item.folder)))
              for key, item in checkpoints.items()}
     own = next(local[key] for key, item in checkpoints.items() if item is base)
-    return infer_architecture_info(
-        tuple(dict.fromkeys(local.values())), own, MergeOptions(
-            trust_remote_code=options.trust_remote_code, transformers_cache=options.cache_dir))
+    with BUILDING:
+        return infer_architecture_info(
+            tuple(dict.fromkeys(local.values())), own, MergeOptions(
+                trust_remote_code=options.trust_remote_code,
+                transformers_cache=options.cache_dir))
 
 
 def compare(

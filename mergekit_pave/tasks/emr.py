@@ -26,7 +26,7 @@ from mergekit_pave.algebra.choices import RESCALERS
 from mergekit_pave.algebra.emr import Sums, scale, task_weight
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import check_finished, companions, is_companion
-from mergekit_pave.models.layers import empty_model
+from mergekit_pave.models.layers import BUILDING, empty_model
 from mergekit_pave.models.loaded import refuse_random
 from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import LoaderOptions, model_source, read_config
@@ -70,8 +70,9 @@ def load_task_model(
     # An `AutoModel` looks for the code of a repository, and there is none: only a state.
     concrete = type(empty_model(config, trust_remote_code))
     wants_info = kwargs.pop("output_loading_info", False)
-    model, info = concrete.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, **kwargs)
+    with BUILDING:
+        model, info = concrete.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **kwargs)
     refuse_random(model, info, f"task {task} of {name_of(str(merged))}")
     if generation:
         model.generation_config = generation

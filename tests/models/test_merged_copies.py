@@ -104,8 +104,9 @@ def test_what_a_killed_process_left_is_no_copy(base, tmp_path):
     train(base, adapter, 1)
     copy = by_us(base, adapter, cache)
     shutil.rmtree(copy)
-    left = cache / f".{copy.name}.tmp" / "half"
-    left.mkdir(parents=True)
+    left = cache / ".mergekit-pave-left"
+    (left / "content" / "half").mkdir(parents=True)
+    (left / "mark.json").write_text('{"kind": "mergekit-pave scratch"}')
     assert by_us(base, adapter, cache) == copy and (copy / "config.json").exists()
     assert not left.exists()
 
