@@ -52,14 +52,12 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
               "number of fine-tunes when not given.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the singular vectors; each "
               "matrix's own when not given.")
-@click.option("--lora", is_flag=True, help="Also write OUT/TASK/lora, an adapter for peft. It has "
-              "the changes of nn.Linear weights only.")
 @click.option("--device", default="cpu", show_default=True, help="Where to decompose: cpu, cuda, "
               "..., or auto for the accelerator that is there.")
 @click.option("--lora-merge-cache", help="Folder for the merged copy of MODEL+ADAPTER.")
 @click.option("--transformers-cache", help="Folder for downloads.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the models' repositories run code.")
-def compress_command(config, out, rank_fraction, dtype, lora, device, lora_merge_cache,
+def compress_command(config, out, rank_fraction, dtype, device, lora_merge_cache,
                      transformers_cache, trust_remote_code) -> None:
     """Store the fine-tunes of CONFIG as low-rank differences from their base (TSV-Compress).
 
@@ -75,7 +73,7 @@ def compress_command(config, out, rank_fraction, dtype, lora, device, lora_merge
     \b
     Examples:
         mergekit-pave compress merge.yml compressed
-        mergekit-pave compress merge.yml compressed --rank-fraction 0.05 --lora
+        mergekit-pave compress merge.yml compressed --rank-fraction 0.05
     """
     from mergekit_pave.cli.options import device_of
     from mergekit_pave.models.source import LoaderOptions
@@ -89,7 +87,7 @@ def compress_command(config, out, rank_fraction, dtype, lora, device, lora_merge
     except UnicodeDecodeError as error:
         raise PaveError(f"{config} is not text in UTF-8: {error.reason}.") from error
     for summary in compress(read_yaml(text, str(config)), out, rank_fraction=rank_fraction,
-                            dtype=dtype, lora=lora, device=where, options=options):
+                            dtype=dtype, device=where, options=options):
         click.echo(str(summary))
 
 

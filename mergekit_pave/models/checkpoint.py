@@ -40,6 +40,13 @@ class Checkpoint:
         return any(own in self.own.tied for own in self.own.of(name))
 
     @property
+    def copies(self) -> dict[str, str]:
+        """The files' tensors that the class ties to others in the files: tensor -> original."""
+        stored = {self.own.one(name): name for name in self.headers} if self.own else {}
+        return {stored[tied]: stored[source] for tied, source in self.own.tied.items()
+                if tied in stored and source in stored} if self.own else {}
+
+    @property
     def random(self) -> list[str]:
         """Tensors of the class that no file has: transformers starts them at random."""
         return self.own.missing(self.headers) if self.own else []

@@ -3,7 +3,6 @@
     manifest.json               base, settings, and how every tensor is kept
     tensors-NNNNN.safetensors   what the base does not have
     model/                      config and tokenizer
-    lora/                       an adapter for peft, if asked for
 
 The folder is an `archive`.
 
@@ -54,7 +53,7 @@ FORMAT = 3
 KIND = Kind(
     "mergekit-pave compressed model", FORMAT, "The compressed model in {} is", "compress again"
 )
-MODEL, LORA = "model", "lora"
+MODEL = "model"
 _STORED = {"base": (), "rows": ("", "::rows"), "factors": ("::u", "::s", "::v"), "whole": ("",)}
 
 

@@ -31,7 +31,7 @@ from mergekit_pave.tasks.compress_task import Settings, Summary, compress_task
 @torch.no_grad()
 def compress(
     raw: Any, out: Path | str, *, rank_fraction: float | None = None, dtype: str | None = None,
-    lora: bool = False, device: torch.device | None = None, options: LoaderOptions | None = None,
+    device: torch.device | None = None, options: LoaderOptions | None = None,
 ) -> list[Summary]:
     """Write every fine-tune of a merge configuration to a folder of its own in `out`.
 
@@ -42,7 +42,6 @@ def compress(
         out: a new or empty folder, or that of the interrupted run.
         rank_fraction: of each matrix's rank; one over the number of fine-tunes without it.
         dtype: of the singular vectors; each matrix's own without it.
-        lora: write an adapter of the linear weights, too.
         device: where to decompose.
         options: caches, and whether remote code may run.
 
@@ -54,7 +53,7 @@ def compress(
     base, models = _models(raw)
     for model in (base, *models):
         read_config(model, options)
-    settings = Settings(len(models), rank_fraction, dtype, lora)
+    settings = Settings(len(models), rank_fraction, dtype)
     names = _folders(models)
     _check_output(out, names)
     source = model_source(base, options)

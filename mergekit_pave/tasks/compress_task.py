@@ -1,7 +1,6 @@
 """TSV-Compress of one fine-tune: from its checkpoint and the base's to its folder (`compressed`).
 
-Tensors are read one at a time from the shards; only the adapter, which has to be one file, is held
-in memory.
+Tensors are read one at a time from the shards.
 """
 
 from __future__ import annotations
@@ -17,19 +16,17 @@ from typing import Any
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_pave.algebra.tsv import kept_rank
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.checkpoint import checkpoint
 from mergekit_pave.models.folder import companions, copy_companions
-from mergekit_pave.models.layers import empty_model
-from mergekit_pave.models.source import ModelSource, tokenizer_folder
+from mergekit_pave.models.source import LoaderOptions, ModelSource, tokenizer_folder
 from mergekit_pave.storage.archive import dtype_of
-from mergekit_pave.storage.files import to_disk, write_atomically
 from mergekit_pave.storage.identity import checksum
-from mergekit_pave.storage.low_rank import LORA, MODEL, Kept, Writer, pack
+from mergekit_pave.storage.low_rank import MODEL, Kept, Writer, pack
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,6 @@ class Settings:
     tasks: int
     rank_fraction: float | None = None
     dtype: str | None = None
-    lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,14 +44,12 @@ class Summary:
 
     Attributes:
         task: name of its folder.
-        stored: bytes of its safetensors files, without the adapter.
+        stored: bytes of its safetensors files.
         model: bytes of the fine-tune's tensors.
         share: numbers kept of those in the matrices that became factors.
         energy: `sum s_i^2` kept, of all those matrices together.
         worst: the matrix that keeps the least of it, and how much; None without one.
         ways: number of tensors kept in each way.
-        adapter: weights in the LoRA adapter, None without one.
-        left_out: changed tensors that are not in it.
         too_large: matrices whose change would be no smaller as factors.
     """
 
@@ -66,8 +60,6 @@ class Summary:
     energy: float
     worst: tuple[str, float] | None
     ways: dict[str, int]
-    adapter: int | None
-    left_out: int
     too_large: int = 0
 
     def __str__(self) -> str:
@@ -87,11 +79,6 @@ class Summary:
             text += (
                 f" The factors of {self.too_large} changed matrices would be no smaller than these "
                 "are: lower --rank-fraction."
-            )
-        if self.adapter is not None:
-            text += (
-                f" The LoRA adapter has {self.adapter} linear weights; {self.left_out} changed "
-                "tensors are not in it (norms, biases, embeddings, what is kept whole)."
             )
         return text
 
@@ -113,11 +100,11 @@ def compress_task(
     Raises:
         PaveError: models that do not fit, or broken weights.
     """
-    writer, adapter = Writer(folder), {}
-    linear = _linear_weights(tuned) if settings.lora else set()
+    writer, copies = Writer(folder), _copies(tuned)
     origin = ShardedTensorIndex.from_disk(base.path)
     loader, size, too_large = LazyTensorLoader(origin, lazy_unpickle=False), 0, 0
-    names = ShardedTensorIndex.from_disk(tuned.path).tensor_paths.keys()
+    own = LazyTensorLoader.from_disk(tuned.path, lazy_unpickle=False)
+    names = own.index.tensor_paths.keys()
     if names.isdisjoint(origin.tensor_paths):
         raise PaveError(
             f"{tuned.label} shares no tensor's name with the base {base.label}: name the model "
@@ -126,6 +113,8 @@ def compress_task(
         )
     progress = tqdm(tuned.tensors(), header["task"], len(names), unit="tensor", leave=False)
     for name, tensor in progress:
+        if name in copies and torch.equal(tensor, own.get_tensor(copies[name])):
+            continue
         there = loader.get_tensor(name) if name in origin.tensor_paths else None
         if there is not None and there.shape != tensor.shape:
             raise PaveError(
@@ -152,15 +141,19 @@ def compress_task(
             rank=len(stored["::s"]) if how == "factors" else None,
         ))
         too_large += how == "whole" and there is not None and tensor.ndim == 2
-        if how == "factors" and name in linear:
-            adapter[name.removesuffix(".weight")] = stored
     writer.flush()
     copy_companions(_companions(tuned), folder / MODEL)
-    if settings.lora:
-        _write_adapter(folder / LORA, adapter, tuned.label, header["base"])
-    summary = _summary(
-        header["task"], writer, size, len(adapter) if settings.lora else None, too_large)
+    summary = _summary(header["task"], writer, size, too_large)
     writer.finish({"version": version("mergekit-pave"), **header, "summary": asdict(summary)})
+
+
+def _copies(model: ModelSource) -> dict[str, str]:
+    """The stored tensors that the class ties to other stored ones (tensor -> its original).
+
+    Two copies that were not restored to the very same values would no longer be tied.
+    """
+    options = LoaderOptions(trust_remote_code=model.trust_remote_code)
+    return checkpoint(Path(model.path), model.label, model.config(), options).copies
 
 
 def _companions(model: ModelSource) -> dict[str, Path]:
@@ -179,9 +172,7 @@ def _held_dtype(name: str, tensor: Tensor) -> str:
         raise PaveError(f"{name} cannot be compressed: {error}.") from error
 
 
-def _summary(
-    task: str, writer: Writer, size: int, adapter: int | None, too_large: int
-) -> Summary:
+def _summary(task: str, writer: Writer, size: int, too_large: int) -> Summary:
     ways = Counter(kept.how for kept in writer.tensors.values())
     parts = {n: kept for n, kept in writer.tensors.items() if kept.how == "factors"}
     shares = {n: kept.energy[0] / kept.energy[1] for n, kept in parts.items()}
@@ -194,47 +185,5 @@ def _summary(
         energy=left / total if parts else 1.0,
         worst=(worst, shares[worst]) if worst else None,
         ways={way: ways[way] for way in ("base", "rows", "factors", "whole")},
-        adapter=adapter,
-        left_out=len(writer.tensors) - ways["base"] - (adapter or 0),
         too_large=too_large,
     )
-
-
-def _linear_weights(model: ModelSource) -> set[str]:
-    """Checkpoint names of the weights of `nn.Linear` modules."""
-    modules = empty_model(model.config(), model.trust_remote_code).named_modules()
-    return {f"{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)}
-
-
-def _write_adapter(
-    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], model: str, base: Mapping[str, Any]
-) -> None:
-    """`W + B A` with `A = sqrt(S) V^T` and `B = U sqrt(S)`, at scale 1 whatever the rank."""
-    from peft import LoraConfig
-
-    if not parts:
-        raise PaveError(
-            f"{model} has no changed nn.Linear weight that is kept as factors, so there is no LoRA "
-            "adapter to write: lower --rank-fraction, or leave --lora out."
-        )
-    ranks = {name: len(part["::s"]) for name, part in parts.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    special = {name: rank for name, rank in ranks.items() if rank != common}
-    tensors = {}
-    for name, part in parts.items():
-        root = part["::s"].sqrt()
-        a, b = part["::v"].float() * root, part["::u"].float() * root
-        key, dtype = f"base_model.model.{name}", part["::u"].dtype
-        tensors[f"{key}.lora_A.weight"] = a.mT.to(dtype).contiguous()
-        tensors[f"{key}.lora_B.weight"] = b.to(dtype).contiguous()
-    folder.mkdir()
-    write_atomically(
-        folder / "adapter_model.safetensors",
-        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-    )
-    LoraConfig(
-        r=common, lora_alpha=common, target_modules=sorted(ranks), rank_pattern=special,
-        alpha_pattern=special, base_model_name_or_path=base["hub"] or base["id"],
-        inference_mode=True,
-    ).save_pretrained(folder)
-    to_disk(folder / "adapter_config.json")

@@ -114,8 +114,20 @@ def test_nothing_to_gain_is_said(families, config, tmp_path):
         out = tmp_path / str(options["rank_fraction"])
         said = str(compress(raw({**paths, "expert0": path}), out, **options)[0])
         assert ("lower --rank-fraction" in said) == (options["rank_fraction"] == 1)
-    with pytest.raises(PaveError, match="no changed nn.Linear .*: lower --rank-fraction, or leave"):
-        compress(made, tmp_path / "d", lora=True)
+
+
+def test_a_tied_head_that_is_stored_too_stays_tied(families, tmp_path):
+    paths = dict(families("llama"))
+    path = paths["expert0"] = shutil.copytree(paths["expert0"], tmp_path / "tied")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    state = tensors_of(path)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    compress(raw(paths, experts=1), tmp_path / "c", rank_fraction=0.25)
+    reconstruct(tmp_path / "c" / "tied", tmp_path / "m", base=str(paths["base"]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_what_equals_the_base_takes_no_room(families, tmp_path):
@@ -208,7 +220,7 @@ def test_files_of_the_tokenizer_come_along(families, tmp_path, name):
 
 
 def test_names_are_public(families, tmp_path):
-    compress(raw(families("llama")), tmp_path / "c", lora=True)
+    compress(raw(families("llama")), tmp_path / "c")
     for file in (tmp_path / "c").rglob("*.json"):
         assert str(tmp_path.parent) not in file.read_text(), file
     manifest = json.loads((tmp_path / "c" / "expert0" / "manifest.json").read_text())
