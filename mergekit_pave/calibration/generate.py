@@ -150,13 +150,14 @@ def write_rows(
         do_sample=False, max_new_tokens=length, use_cache=True)
     rows: list[list[int]] = []
     steps = length * -(-count // batch_size)
+    writer: Any = model  # its type hides `generate`
     with tqdm(total=steps, desc=f"Generating text of {label}", unit="token") as progress:
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
             draws = [random.Random(f"{seed}/{number}") for number in numbers]
             ids = torch.tensor([form.opening] * len(draws), device=input_device(model))
             with torch.inference_mode():
-                written = model.generate(
+                written = writer.generate(
                     ids, attention_mask=torch.ones_like(ids),
                     logits_processor=[_Ancestral(form, draws, progress)],
                     stopping_criteria=[_Ended(form)])

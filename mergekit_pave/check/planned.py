@@ -12,29 +12,29 @@ from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapters import unfit
-from mergekit_pave.models.checkpoint import Checkpoint, incomplete, read
+from mergekit_pave.models.checkpoint import Checkpoint, fetched, incomplete, read
 from mergekit_pave.models.planned import plan
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.inputs import inputs
 
 
 def check_planned(
-    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances, fetch: bool = False
+    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances
 ) -> Iterator[Finding]:
     """Whether every file can be read and every tensor of every model is merged or named.
 
-    Models of the Hub that are not on this machine are left to the merge, which asks again with
-    `fetch` before it calibrates.
+    Models of the Hub that are not on this machine are left to the merge, which fetches them and
+    asks again (`architecture`) before it calibrates.
     """
     found: dict[ModelReference, Checkpoint] = {}
     places = _places(config)
     for model, where in places.items():
         try:
-            item = read(model, options, fetch)
-            if model.lora and not fetch and (fault := unfit(model, options)):
-                yield error(where, fault)
-        except PaveError as fault:
-            yield error(where, str(fault))
+            item = read(model, options)
+            if model.lora and (misfit := unfit(model, options)):
+                yield error(where, misfit)
+        except PaveError as refusal:
+            yield error(where, str(refusal))
             continue
         if item is None:
             continue
@@ -63,7 +63,7 @@ def architecture(
     Raises:
         PaveError: the first error of `check_planned`.
     """
-    found = {model: read(model, options, fetch=True) for model in _places(config)}
+    found = {model: fetched(model, options) for model in _places(config)}
     for item in found.values():
         if fault := incomplete(item)[0]:
             raise PaveError(fault)

@@ -14,9 +14,15 @@ from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.bench import Bench, Task
 from mergekit_pave.evaluation.held_out import HeldOut, given, held_out
-from mergekit_pave.evaluation.scores import kind_of
+from mergekit_pave.evaluation.scores import Kind, kind_of
 from mergekit_pave.models.names import last_part, name_of
-from mergekit_pave.models.source import LoaderOptions, ModelSource, model_source, read_config
+from mergekit_pave.models.source import (
+    LoaderOptions,
+    ModelSource,
+    model_source,
+    paths_of,
+    read_config,
+)
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.recipe.parameters import DATA_FREE, CalibrationSpec
 from mergekit_pave.recipe.reading import CONFIGURATION, configuration, model_reference, read_yaml
@@ -79,8 +85,7 @@ def same_merge(raw: Any, other: Any, where: Path) -> None:
 
 
 def _models(config: MergeConfiguration) -> list[str]:
-    return ["+".join(last_part(part.path) for part in (model.model, model.lora) if part)
-            for model in config.referenced_models()]
+    return ["+".join(map(last_part, paths_of(model))) for model in config.referenced_models()]
 
 
 def bench_of(
@@ -103,7 +108,7 @@ def bench_of(
             "in their order.")
     reference = model_reference(wanted.base) if wanted.base else _base(config, entries)
     base = None if reference is None else _source(reference, options)
-    tasks = []
+    tasks: list[Task] = []
     for i, entry in enumerate(entries):
         source = _source(entry.model, options)
         rows = _rows(entry, source, wanted, wanted.held_out[i] if wanted.held_out else None)
@@ -114,7 +119,7 @@ def bench_of(
             raise PaveError("--general needs a base model to compare with; name one with --base.")
         spec = CalibrationSpec(wanted.general, text_column=_column(entries[0]))
         rows = given(base, spec, None, wanted.rows, wanted.max_tokens)
-        kind = "language" if tasks[0].kind == "language" else "encoder"
+        kind: Kind = "language" if tasks[0].kind == "language" else "encoder"
         general = Task("general rows", base, kind, rows)
     return Bench(tasks, base, general, resources, quiet)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class StatefulMethod(GroupMergeMethod):
     each merge, in memory or to disk, works with a copy of its own.
     """
 
-    state: MergeState | None = None
+    state: MergeState  # of the copy that a merge works with
 
     def within(self, state: MergeState, name: str | None = None) -> Self:
         """The copy that belongs to one merge, registered under `name` for its time."""
@@ -43,7 +43,7 @@ class StatefulMethod(GroupMergeMethod):
         return own
 
     def _execute(self, groups, *args, **kwargs):
-        if self.state is None:  # tensors in memory
+        if "state" not in vars(self):  # tensors in memory
             return self.within(MergeState())._execute(groups, *args, **kwargs)
         return super()._execute(groups, *args, **kwargs)
 
@@ -173,7 +173,7 @@ ABOUT = {
 class CheckedSpec(ParameterSpec):
     """A parameter whose bad values are refused in one sentence, while mergekit plans."""
 
-    parameter: Parameter | None = None
+    parameter: Parameter = field(kw_only=True)
 
     def validate(self, value: Any) -> Any:
         return self.parameter.validate(value)

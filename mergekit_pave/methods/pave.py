@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mergekit_pave.algebra import allocation, subspace
-from mergekit_pave.algebra.numeric import double, wide
+from mergekit_pave.algebra.numeric import double, summed, wide
 from mergekit_pave.algebra.papers import PAVE
 from mergekit_pave.algebra.separation import separate
 from mergekit_pave.errors import PaveError
@@ -184,7 +184,7 @@ def truncated(
 
     The paper's method (sections 3.2 and 3.3) with `purify: weight`.
     """
-    of_delta, ratio, rank = how.purify == "delta", how.rank_ratio, min(base.shape)
+    of_delta, ratio, rank = how.purify == "delta", how.kept_share, min(base.shape)
     matrices = [wide(p.tensor) - wide(base) if of_delta else wide(p.tensor) for p in participants]
     count = allocation.cap(rank, ratio)
     found = [_tail(p, m, count, how) for p, m in zip(participants, matrices, strict=True)]
@@ -223,9 +223,7 @@ def separated(
     def moment(layer: Layer) -> Tensor:
         return double(layer.covariance().to(base.device))
 
-    total = None  # one sum, and one model's moment at a time
-    for layer in others.values():
-        total = moment(layer) if total is None else total.add_(moment(layer))
+    total = summed(map(moment, others.values()))
     result = {}
     for p in participants:
         own = moment(p.layer)

@@ -72,7 +72,7 @@ def by_names(
             loose.append(info(name, name, name not in everywhere))
     modules, one = {}, len(stacks) == 1
     for prefix, templates in stacks.items():
-        layers = 1 + max(int(_NUMBER.search(n)[1]) for found in templates.values() for n in found)
+        layers = 1 + max(int(_NUMBER.findall(n)[0]) for found in templates.values() for n in found)
         weights = [
             info(found[0], template, len(found) < layers or not everywhere.issuperset(found))
             for template, found in templates.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,26 +52,26 @@ class Checkpoint:
         return self.own.missing(self.headers) if self.own else []
 
 
-def read(model: ModelReference, options: LoaderOptions, fetch: bool = False) -> Checkpoint | None:
+def read(model: ModelReference, options: LoaderOptions) -> Checkpoint | None:
     """A model's checkpoint by its headers; `None` where its files are not on this machine yet.
 
-    Args:
-        model: with an adapter, the copy it is merged into is read, and made with `fetch` only;
-            without a place for copies, the model alone, whose names and shapes are the same.
-        options: where downloads and merged copies are kept.
-        fetch: download what is missing.
+    Of a model with an adapter that is the copy it is merged into, which a check does not make;
+    without a place for copies, the model alone, whose names and shapes are the same.
 
     Raises:
         PaveError: files that are missing, damaged, or fit no index. The message names the file.
     """
-    if fetch:
-        folder = Path(model_source(model, options, unmerged=True).path)
-    elif model.lora and options.lora_merge_cache:
+    if model.lora and options.lora_merge_cache:
         return None
-    else:
-        folder = folder_of(model.model, options.cache_dir)
-        if folder is None or not (Path(model.model.path).exists() or is_downloaded(folder)):
-            return None
+    folder = folder_of(model.model, options.cache_dir)
+    if folder is None or not (Path(model.model.path).exists() or is_downloaded(folder)):
+        return None
+    return checkpoint(folder, str(model), model.config(options.trust_remote_code), options)
+
+
+def fetched(model: ModelReference, options: LoaderOptions) -> Checkpoint:
+    """A model's checkpoint by its headers, downloaded and merged if need be; errors as `read`."""
+    folder = Path(model_source(model, options, unmerged=True).path)
     return checkpoint(folder, str(model), model.config(options.trust_remote_code), options)
 
 
@@ -81,7 +81,7 @@ def checkpoint(
     """What the files of a local folder hold; errors as `read`."""
     found = headers(folder)
     try:
-        own = ClassNames(empty_model(config, options.trust_remote_code))
+        own: ClassNames | None = ClassNames(empty_model(config, options.trust_remote_code))
     except Exception as error:  # whatever a model's code cannot do without values
         logger.info("The class of %s cannot be built without weights: %s", label, error)
         own = None
@@ -111,17 +111,17 @@ def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
                       "starts them at random.")
     text = f"{item.label} lacks {len(body)} of the weights of its class {cls}, such as {body[0]}"
     if unknown:
-        text += f"; it has {unknown[0]}, which {cls} does not know: {_renaming(unknown, item)}."
-        return text, None
+        mend = _renaming(unknown, item.headers, item.own)
+        return f"{text}; it has {unknown[0]}, which {cls} does not know: {mend}.", None
     return f"{text}; download or save that checkpoint again.", None
 
 
-def _renaming(unknown: Sequence[str], item: Checkpoint) -> str:
+def _renaming(unknown: Sequence[str], names: Collection[str], own: ClassNames) -> str:
     """How to mend foreign names."""
     prefix = unknown[0].split(".")[0] + "."
-    if all(name.startswith(prefix) for name in item.headers):
-        stripped = [name.removeprefix(prefix) for name in item.headers]
-        if not item.own.missing(stripped):
+    if all(name.startswith(prefix) for name in names):
+        stripped = [name.removeprefix(prefix) for name in names]
+        if not own.missing(stripped):
             return f"take the prefix `{prefix}` off all names in its files"
     return ("correct `architectures` in its config.json, or save it again with save_pretrained "
             "from the class that it was trained with")

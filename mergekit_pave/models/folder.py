@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import is_local, name_of
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.files import write_bytes
 
 _COMPANIONS = re.compile(
     r"(config|generation_config|special_tokens_map|added_tokens|chat_template|vocab|\w*tokenizer\w*"
@@ -68,8 +68,7 @@ def copy_sentence_files(folders: Iterable[Path], out: Path) -> None:
     for name, file in found.items():
         if not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            content = file.read_bytes()
-            write_atomically(out / name, lambda path, content=content: path.write_bytes(content))
+            write_bytes(out / name, file.read_bytes())
 
 
 def copy_companions(files: Mapping[str, Path], out: Path) -> None:
@@ -79,7 +78,7 @@ def copy_companions(files: Mapping[str, Path], out: Path) -> None:
         content = file.read_bytes()
         if name in ("config.json", "tokenizer_config.json"):
             content = public_json(content)
-        write_atomically(out / name, lambda path, content=content: path.write_bytes(content))
+        write_bytes(out / name, content)
 
 
 def public_json(content: bytes) -> bytes:

@@ -24,11 +24,15 @@ BUILDING = threading.RLock()
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
+# GPT-2's `Conv1D` keeps its weight as `(in, out)`.
+LinearLayer = nn.Linear | Conv1D
+
+
 @dataclass(frozen=True)
 class LinearLayers:
     """The linear layers of a model: weight name -> module, and why others are left out."""
 
-    modules: dict[str, nn.Module]
+    modules: dict[str, LinearLayer]
     skipped: dict[str, str]
 
 
@@ -44,7 +48,8 @@ def warn_of_unseen(model: str, skipped: Mapping[str, str]) -> None:
 
 def linear_layers(model: PreTrainedModel) -> LinearLayers:
     """Split a model's linear layers into those to purify and those with a reason not to."""
-    modules, skipped = {}, {}
+    modules: dict[str, LinearLayer] = {}
+    skipped: dict[str, str] = {}
     embedded = {id(p) for m in _vocabulary_modules(model) for p in m.parameters()}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
@@ -66,7 +71,7 @@ def linear_layers(model: PreTrainedModel) -> LinearLayers:
 
 
 def _vocabulary_modules(model: PreTrainedModel) -> list[nn.Module]:
-    found = []
+    found: list[nn.Module] = []
     for getter in (model.get_input_embeddings, model.get_output_embeddings):
         try:
             module = getter()
@@ -86,7 +91,7 @@ def _in_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """GPT-2's `Conv1D` keeps its weight as `(in, out)`."""
+    """Whether a layer keeps its weight as `(in, out)`."""
     return isinstance(module, Conv1D)
 
 

@@ -53,14 +53,12 @@ def own_files(
     for kind in (_PROCESSOR, _CODE):
         if not any(kind.fullmatch(name) for name in own):
             own |= {name: file for name, file in there.items() if kind.fullmatch(name)}
-    contents: dict[str, bytes | None] = {name: file.read_bytes() for name, file in own.items()}
+    contents = {name: file.read_bytes() for name, file in own.items()}
     contents[CONFIG] = _config(source.config(), base, _loaded(merged, source), rearranges)
-    for name, content in contents.items():
-        if name in (CONFIG, "tokenizer_config.json"):
-            contents[name] = content = public_json(content)
-        if name in there and there[name].read_bytes() == content:
-            contents[name] = None
-    return contents
+    for name in {CONFIG, "tokenizer_config.json"} & contents.keys():
+        contents[name] = public_json(contents[name])
+    same = {name for name, file in there.items() if file.read_bytes() == contents.get(name)}
+    return {name: None if name in same else content for name, content in contents.items()}
 
 
 def _companions(source: ModelSource) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.architecture import by_names
-from mergekit_pave.models.checkpoint import Checkpoint, checkpoint, read
+from mergekit_pave.models.checkpoint import Checkpoint, checkpoint, fetched
 from mergekit_pave.models.layers import BUILDING
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.storage.identity import same_layer
@@ -122,7 +122,8 @@ def compare(
 ) -> Comparison:
     """Names and shapes of a plan against those of each checkpoint, both ways."""
     checkpoints = list(checkpoints)
-    found, at_base = Comparison(), {}
+    found = Comparison()
+    at_base: dict[str, tuple[int, ...]] = {}
     for item in sorted(checkpoints, key=lambda item: item is not base):
         used: set[str] = set()
         for weight in architecture.all_weights(item.config):
@@ -133,7 +134,7 @@ def compare(
             if name is not None:
                 used.add(name)
                 shape = item.headers[name].shape
-                there = at_base.setdefault(weight.name, (weight, shape))[1]
+                there = at_base.setdefault(weight.name, shape)
                 if shape != there and not _same_but(shape, there, weight.vocabulary_axis):
                     found.sizes.append(
                         f"{name} of {item.label} is {shape}, and {there} in the base "
@@ -203,11 +204,11 @@ def _notes(
     notes = []
     if definition is not None and len(tried) > 1:
         first = tried[0][1]
-        lost = {name for _, name in first.lost} or {name for _, name in first.absent}
+        unfit = {name for _, name in first.lost} or {name for _, name in first.absent}
         notes.append(
             f"mergekit's definition of {(base.config.architectures or ['?'])[0]} does not fit "
-            f"{len(lost)} tensors of these checkpoints (such as {min(lost)}); the merge is planned "
-            "by the checkpoints' own names."
+            f"{len(unfit)} tensors of these checkpoints (such as {min(unfit)}); the merge is "
+            "planned by the checkpoints' own names."
         )
     by_model: dict[str, list[str]] = {}
     for item, name in tried[-1][1].left:
@@ -260,7 +261,7 @@ def refuse_incomplete(out: Path | str, config: MergeConfiguration, options: Load
     """
     out = Path(out)
     base_model = config.base_model or config.referenced_models()[0]
-    base = read(base_model, options, fetch=True)
+    base = fetched(base_model, options)
     written = ModelReference(model=ModelPath(path=str(out))).config(options.trust_remote_code)
     merged = checkpoint(out, str(out), written, options)
     known = {_anywhere(name) for name in base.random}

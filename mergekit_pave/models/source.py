@@ -20,7 +20,8 @@ from transformers import PretrainedConfig
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import refuse_quantised
 from mergekit_pave.models.merged_copies import NOT_THERE, merged_copy
-from mergekit_pave.models.names import name_of
+from mergekit_pave.models.names import is_local, name_of
+from mergekit_pave.storage.archive import Reference
 from mergekit_pave.storage.identity import digest
 
 
@@ -44,6 +45,18 @@ class LoaderOptions:
         )
 
 
+def paths_of(model: ModelReference) -> list[str]:
+    """Paths or Hub ids of a model and, where it has one, of its adapter."""
+    return [part.path for part in (model.model, model.lora) if part]
+
+
+def public_reference(model: ModelReference) -> Reference:
+    """The model's public name, and the whole reference where it can be loaded from the Hub."""
+    paths = paths_of(model)
+    hub = None if any(map(is_local, paths)) else str(model)
+    return Reference("+".join(map(name_of, paths)), hub)
+
+
 def model_source(
     model: ModelReference, options: LoaderOptions, unmerged: bool = False
 ) -> ModelSource:
@@ -59,22 +72,14 @@ def model_source(
         PaveError: an adapter without a place for the merged copy.
     """
     merged = model
-    if model.lora and options.lora_merge_cache:
-        merged = _merged(model, options)
-    elif model.lora and unmerged:
+    if model.lora and unmerged and not options.lora_merge_cache:
         merged = ModelReference(model=model.model)
     elif model.lora:
-        raise PaveError(
-            f"{model} names an adapter: give mergekit a folder for the merged copy with "
-            "--lora-merge-cache DIR."
-        )
-    label = name_of(model.model.path)
-    if model.lora:
-        label += "+" + name_of(model.lora.path)
+        merged = _merged(model, options)
     tokenizer = tokenizer_of(model, options)
     return ModelSource(
         path=merged.local_path(cache_dir=options.cache_dir),
-        label=label,
+        label=public_reference(model).id,
         tokenizer=tokenizer.path,
         revision=tokenizer.revision,
         trust_remote_code=options.trust_remote_code,
@@ -83,6 +88,11 @@ def model_source(
 
 
 def _merged(model: ModelReference, options: LoaderOptions) -> ModelReference:
+    if not options.lora_merge_cache:
+        raise PaveError(
+            f"{model} names an adapter: give mergekit a folder for the merged copy with "
+            "--lora-merge-cache DIR."
+        )
     own = ModelReference.merged
     own = getattr(own, "__wrapped__", own)  # mergekit's, mended or not
 

@@ -6,16 +6,20 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
 from mergekit_pave.calibration.stores import open_store
 from mergekit_pave.methods.layers import MergeState
-from mergekit_pave.models.names import is_local, name_of
+from mergekit_pave.models.names import name_of
 from mergekit_pave.models.own_files import CONFIG, own_files
-from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+from mergekit_pave.models.source import (
+    LoaderOptions,
+    model_source,
+    public_reference,
+    read_config,
+)
 from mergekit_pave.models.tables import LayerTable, layer_table, unpurified
 from mergekit_pave.recipe.inputs import Input, covariance_source, unwrapped
 from mergekit_pave.recipe.parameters import CovarianceSource
@@ -81,13 +85,12 @@ def _masks(
 ) -> Recorder | None:
     if not writes_masks(entries):
         return None
-    models = dict.fromkeys(entry.model for entry in entries)
     rearranges = config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
     return Recorder(
         out / FOLDER,
-        {model: _public(model)["id"] for model in models},
+        {entry.model: public_reference(entry.model).id for entry in entries},
         config.base_model,
-        _public(config.base_model),
+        public_reference(config.base_model),
         config.dtype,
         bool(rearranges),
     )
@@ -106,12 +109,3 @@ def keep_own_files(
         base = read_config(entry.base, loading)
         source = model_source(entry.model, loading, unmerged=True)
         masks.keep(entry.model, own_files(source, base, out, masks.rearranges))
-
-
-def _public(model: ModelReference) -> dict[str, str | None]:
-    """`id`, for people; `hub`, the whole reference, where it can be loaded from the Hub."""
-    paths = [part.path for part in (model.model, model.lora) if part]
-    return {
-        "id": "+".join(map(name_of, paths)),
-        "hub": None if any(map(is_local, paths)) else str(model),
-    }

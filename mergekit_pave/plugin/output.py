@@ -18,6 +18,7 @@ from mergekit.common import ModelReference
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import companions, sentence_files
+from mergekit_pave.models.source import paths_of
 from mergekit_pave.publish import record
 from mergekit_pave.recipe.reading import CONFIGURATION
 from mergekit_pave.storage import masks
@@ -93,13 +94,12 @@ def _weights(out: Path) -> list[Path]:
 def refuse_inputs(out_path: Path | str, models: Iterable[ModelReference]) -> None:
     """Raise `PaveError` where the merge would overwrite what it reads."""
     out = os.path.realpath(out_path)
-    for model in models:
-        for part in (model.model, model.lora):
-            if part and os.path.isdir(part.path) and os.path.realpath(part.path) == out:
-                raise PaveError(
-                    f"{out_path} is the folder of {part.path}, which is to be merged; choose "
-                    "another folder for the result."
-                )
+    for path in (path for model in models for path in paths_of(model)):
+        if os.path.isdir(path) and os.path.realpath(path) == out:
+            raise PaveError(
+                f"{out_path} is the folder of {path}, which is to be merged; choose another "
+                "folder for the result."
+            )
 
 
 def is_replaced_whole(out_path: Path | str) -> bool:

@@ -23,6 +23,7 @@ from mergekit_pave.algebra.papers import PAVE
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import ABOUT
 from mergekit_pave.models.names import is_local, last_part
+from mergekit_pave.models.source import paths_of
 from mergekit_pave.publish import record, scrub
 from mergekit_pave.recipe.inputs import inputs, purifies, unwrapped
 from mergekit_pave.recipe.parameters import DATA_FREE, DEFAULT_DAMPENING, DEFAULT_RATIO, PARAMETERS
@@ -133,7 +134,7 @@ def _complete_metadata(card: ModelCard, config: MergeConfiguration, facts: Mappi
 def _parents(config: MergeConfiguration, facts: Mapping, listed: Any) -> list[str] | None:
     """Hub ids of base and models, in the order of the configuration; mergekit's has none."""
     references = [config.base_model, *(entry.model for entry in inputs(config))]
-    order = [part.path for ref in references if ref for part in (ref.model, ref.lora) if part]
+    order = [path for ref in references if ref for path in paths_of(ref)]
     # mergekit asked the Hub about names that could be either; a name alone does not tell.
     local = record.local_names(config, facts)
     local |= {last_part(name) for name in local}

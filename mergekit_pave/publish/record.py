@@ -33,6 +33,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import is_local, name_of
+from mergekit_pave.models.source import paths_of, public_reference
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -70,7 +71,7 @@ def local_names(config: MergeConfiguration, record: Mapping[str, Any]) -> set[st
     entries, models = inputs(config), record["models"]
     hub = {name for about in (record["base"] or {"hub": []}, *models) for name in about["hub"]}
     references = [config.base_model, *(entry.model for entry in entries)]
-    found = {path for model in references if model for path in _paths(model) if path not in hub}
+    found = {path for model in references if model for path in paths_of(model)} - hub
     if any(about["data"] is None for about in models):
         return found
     # Beside a store the keys of the data are not read, and the record says nothing of them.
@@ -143,15 +144,11 @@ def _record(
 
 
 def _names(model: ModelReference) -> dict[str, Any]:
-    paths = _paths(model)
+    paths = paths_of(model)
     return {
-        "id": "+".join(map(name_of, paths)),
+        "id": public_reference(model).id,
         "hub": [path for path in paths if not is_local(path)],
     }
-
-
-def _paths(model: ModelReference) -> list[str]:
-    return [part.path for part in (model.model, model.lora) if part]
 
 
 def _model(

@@ -170,7 +170,7 @@ def _groups(
 ) -> Iterator[tuple[str, ModelReference | None, list[_Member]]]:
     """What is merged with what: (path, base, [(path, model, its parameter scopes)])."""
     top = config.parameters
-    parts = [("", config, (top,))]
+    parts: list[tuple[str, Any, tuple[Mapping[str, Any] | None, ...]]] = [("", config, (top,))]
     parts += [
         (f"modules.{name}.", module, (module.parameters, top))
         for name, module in (config.modules or {}).items()

@@ -282,6 +282,13 @@ class Purification:
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     @property
+    def kept_share(self) -> float:
+        """`rank_ratio`; raises `ValueError` where nothing is truncated."""
+        if self.rank_ratio is None:
+            raise ValueError("no ranks are cut where task vectors are separated")
+        return self.rank_ratio
+
+    @property
     def off(self) -> bool:
         """Whether nothing is to be purified."""
         return self.rank_ratio == 1

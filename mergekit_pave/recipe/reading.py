@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from pydantic import ValidationError
 
 from mergekit_pave.errors import PaveError
 
@@ -28,10 +29,10 @@ def model_reference(name: str) -> ModelReference:
 
 
 def _reason(fault: Exception) -> str:
-    details = getattr(fault, "errors", list)()
-    if details:
-        where = ".".join(str(part) for part in details[0]["loc"])
-        return f"{where}: {details[0]['msg']}".lstrip(": ")
+    if isinstance(fault, ValidationError):
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}".lstrip(": ")
     reason = str(fault)
     if "@" in reason or "Can't parse" in reason:
         reason += (

@@ -16,10 +16,10 @@ import json
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.storage.files import write_atomically, write_text
+from mergekit_pave.storage.files import make_folder, write_atomically, write_text
 from mergekit_pave.storage.identity import checksum
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 # torch's name of a dtype -> that in the header of a safetensors file.
 DTYPES = {
@@ -107,9 +108,18 @@ def _adapter(of: Any) -> TypeAdapter:
     return TypeAdapter(of)
 
 
-def parsed(of: Any, values: Any) -> Any:
+@dataclass(frozen=True)
+class Reference:
+    """A model: `id`, for people, and `hub`, the reference that can be loaded from there."""
+
+    id: str
+    hub: str | None
+
+
+def parsed(of: type[T], values: Any) -> T:
     """JSON values as `of`, a type with its constraints; raises `ValueError` for anything else."""
-    return _adapter(of).validate_python(values)
+    kind: Any = of  # to mypy, a type is not hashable
+    return _adapter(kind).validate_python(values)
 
 
 def dtype_of(tensor: Tensor) -> str:
@@ -214,6 +224,46 @@ def owned(folder: Path, kind: Kind) -> list[str]:
     return sorted(ours)
 
 
+class Filling:
+    """Fills a folder, file by file; what is held in memory stays below `window` bytes.
+
+    Args:
+        folder: made with the first file.
+        kind: of the folder.
+        prefix: of the files' names.
+        window: bytes that are held before they are written.
+    """
+
+    def __init__(self, folder: Path, kind: Kind, prefix: str, window: int):
+        self.folder, self._kind, self._prefix, self._window = folder, kind, prefix, window
+        self.bytes = 0
+        self._entries: dict[str, Entry] = {}
+        self._held: dict[str, Tensor] = {}
+        self._files = 0
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors by name, and write what is held where that is enough for a file."""
+        self._held |= tensors
+        if sum(tensor.nbytes for tensor in self._held.values()) >= self._window:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if not self._held:
+            return
+        make_folder(self.folder)
+        held, self._held = self._held, {}
+        path = self.folder / f"{self._prefix}-{self._files:05d}.safetensors"
+        self._files += 1
+        self._entries |= write_tensors(path, self._kind, held)
+        self.bytes += path.stat().st_size
+
+    def finish(self, **about: Any) -> None:
+        """Write what is left and the manifest, with the JSON `about` in it."""
+        self.flush()
+        write_manifest(self.folder, self._kind, self._entries, **about)
+
+
 class Archive:
     """The tensors of a folder, read one at a time.
 
@@ -229,16 +279,30 @@ class Archive:
     def __init__(self, folder: Path, kind: Kind, entries: Any):
         self.folder, self.kind = Path(folder), kind
         with self.guard(f"{MANIFEST}: "):
-            self.entries: dict[str, Entry] = parsed(dict[str, Entry], entries)
+            self.entries = parsed(dict[str, Entry], entries)
             for name in self.files:
                 inside(self.folder, name)
+
+    @classmethod
+    def opened(cls, folder: Path, kind: Kind, of: type[T], absent: str) -> tuple[Archive, T]:
+        """A folder's archive, and what its manifest says beside the entries, as `of`.
+
+        Raises:
+            PaveError: `absent` where there is no manifest; else what is wrong with it.
+        """
+        manifest = read_manifest(folder, kind)
+        if manifest is None:
+            raise PaveError(absent)
+        archive = cls(folder, kind, manifest.get("entries"))
+        with archive.guard(f"{MANIFEST}: "):
+            return archive, parsed(of, manifest)
 
     @property
     def files(self) -> list[str]:
         """The files that the entries name."""
         return sorted({entry.file for entry in self.entries.values()})
 
-    def guard(self, what: str = ""):
+    def guard(self, what: str = "") -> AbstractContextManager[None]:
         """Turn what damaged data raise into the sentence about this folder."""
         return self.kind.guard(self.folder, what)
 

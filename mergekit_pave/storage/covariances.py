@@ -47,7 +47,7 @@ KIND = Kind(
 )
 FINGERPRINTS = "fingerprints.safetensors"
 _PRINTS = "::fingerprints"
-_WINDOW = re.compile(r"covariance-(\d{5,9})\.safetensors", re.ASCII)
+_WINDOW = re.compile(r"covariance-\d{5,9}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class StoreWriter:
         self._entries: dict[str, Entry] = {}
         self._next = 0
         for file in windows_in(self.folder):
-            self._next = int(_WINDOW.fullmatch(file.name)[1]) + 1
+            self._next = int(file.stem.rpartition("-")[2]) + 1
             self._resume(file)
 
     def _resume(self, file: Path) -> None:
@@ -241,10 +241,8 @@ class CovarianceStore:
         different prefixes. Values decide. `None` when no linear layer's weight matches.
         """
         seen = fingerprint(tensor)
-        exact = self.weights.get(name or "")
-        if exact and exact.shape == tuple(tensor.shape) and self._is(name, seen, tensor.dtype):
-            return name
-        for key, weight in self.weights.items():
+        named = {name: self.weights[name]} if name in self.weights else {}
+        for key, weight in (named | self.weights).items():
             if weight.shape == tuple(tensor.shape) and self._is(key, seen, tensor.dtype):
                 return key
         return None

@@ -206,6 +206,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step; errors as `write_atomically`."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 in one step; errors as `write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))

@@ -50,7 +50,7 @@ def same(seen: Tensor, kept: Tensor, *dtypes: torch.dtype) -> Tensor:
 def checksum(tensor: Tensor) -> str:
     """sha256 of all of a tensor: its shape, its dtype and its values."""
     state = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -34,19 +34,16 @@ from torch import Tensor
 
 from mergekit_pave.algebra.numeric import double, rounding
 from mergekit_pave.algebra.tsv import ROUNDING, Factors, factors
-from mergekit_pave.errors import PaveError
 from mergekit_pave.storage.archive import (
     MANIFEST,
     Archive,
     Count,
     Dtype,
     Entry,
+    Filling,
     Kind,
+    Reference,
     inside,
-    parsed,
-    read_manifest,
-    write_manifest,
-    write_tensors,
 )
 
 FORMAT = 3
@@ -54,7 +51,9 @@ KIND = Kind(
     "mergekit-pave compressed model", FORMAT, "The compressed model in {} is", "compress again"
 )
 MODEL = "model"
-_STORED = {"base": (), "rows": ("", "::rows"), "factors": ("::u", "::s", "::v"), "whole": ("",)}
+Way = Literal["base", "rows", "factors", "whole"]
+_STORED: dict[Way, tuple[str, ...]] = {
+    "base": (), "rows": ("", "::rows"), "factors": ("::u", "::s", "::v"), "whole": ("",)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Kept:
         energy: `sum s_i^2` of those kept and of all, of `factors`.
     """
 
-    how: Literal["base", "rows", "factors", "whole"]
+    how: Way
     shape: tuple[Count, ...]
     dtype: Dtype
     base: str | None = None
@@ -79,8 +78,9 @@ class Kept:
 
     def check(self, parts: Mapping[str, Entry | None]) -> None:
         """Raise `ValueError` unless these parts, by suffix, are what `compress` has written."""
-        stored = {key: part for key, part in parts.items() if part}
-        shapes = {key: part.shape for key, part in stored.items()}
+        found = {key: part for key, part in parts.items() if part is not None}
+        shapes = {key: part.shape for key, part in found.items()}
+        expected: dict[str, tuple[int | None, ...]]
         if self.how == "factors":
             m, n = self.shape
             expected = {"::u": (m, self.rank), "::s": (self.rank,), "::v": (n, self.rank)}
@@ -92,29 +92,21 @@ class Kept:
         if shapes != expected or (self.base is None) != (self.how == "whole"):
             raise ValueError(f"{self.how} of {list(self.shape)} does not fit {shapes}")
         dtypes = {"": self.dtype, "::rows": "int32"}
-        if any(part.dtype != dtypes.get(key, part.dtype) for key, part in stored.items()):
+        if any(part.dtype != dtypes.get(key, part.dtype) for key, part in found.items()):
             raise ValueError(f"{self.how} in {self.dtype} does not fit {parts}")
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """`id`, for people, and `hub`, the reference that can be loaded from there."""
-
-    id: str
-    hub: str | None
 
 
 @dataclass(frozen=True)
 class _About:
     """What the manifest says beside its entries."""
 
-    base: _Reference
+    base: Reference
     tensors: dict[str, Kept]
 
 
 def pack(
     tuned: Tensor, base: Tensor | None, count: int, dtype: torch.dtype
-) -> tuple[str, dict[str, Tensor], tuple[float, float] | None]:
+) -> tuple[Way, dict[str, Tensor], tuple[float, float] | None]:
     """How a tensor is kept, what is stored (suffix of its name -> tensor), and its energy.
 
     Args:
@@ -172,11 +164,17 @@ def _exceeds(delta: Tensor, most: int, noise: float) -> bool:
 
 
 def restore(
-    how: str, stored: Mapping[str, Tensor], base: Tensor | None, dtype: torch.dtype
+    how: Way, stored: Mapping[str, Tensor], base: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The tensor in `dtype`: the inverse of `pack`, the sum of factors in float32 or better."""
+    """The tensor in `dtype`: the inverse of `pack`, the sum of factors in float32 or better.
+
+    Raises:
+        ValueError: the base's tensor is needed, and there is none.
+    """
     if how == "whole":
         return stored[""]
+    if base is None:
+        raise ValueError("the base has no such tensor")
     if how == "base":
         return base.to(dtype)
     if how == "rows":
@@ -195,17 +193,12 @@ class Compressed:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        manifest = read_manifest(self.folder, KIND)
-        if manifest is None:
-            raise PaveError(
-                f"{folder} holds no compressed model (no {MANIFEST}): name a task's folder in "
-                "what `mergekit-pave compress` wrote."
-            )
-        self._archive = Archive(self.folder, KIND, manifest.get("entries"))
+        self._archive, about = Archive.opened(
+            self.folder, KIND, _About,
+            f"{folder} holds no compressed model (no {MANIFEST}): name a task's folder in what "
+            "`mergekit-pave compress` wrote.")
+        self.base, self.tensors = about.base, about.tensors
         with self._archive.guard(f"{MANIFEST}: "):
-            about = parsed(_About, manifest)
-            self.base: dict[str, str | None] = asdict(about.base)
-            self.tensors = about.tensors
             entries = self._archive.entries
             for name, kept in self.tensors.items():
                 kept.check({key: entries.get(name + key) for key in _STORED[kept.how]})
@@ -235,33 +228,15 @@ class Writer:
     """Fills a task's folder, a file at a time."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.files = Filling(folder, KIND, "tensors", WINDOW)
         self.tensors: dict[str, Kept] = {}
-        self.bytes = 0
-        self._entries: dict[str, Entry] = {}
-        self._held: dict[str, Tensor] = {}
-        self._files = 0
 
     def add(self, name: str, stored: Mapping[str, Tensor], kept: Kept) -> None:
         """Take what is stored of a tensor, by the suffix of its name."""
         self.tensors[name] = kept
-        self._held |= {name + suffix: tensor for suffix, tensor in stored.items()}
-        if sum(tensor.nbytes for tensor in self._held.values()) >= WINDOW:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is held to a file."""
-        if not self._held:
-            return
-        path = self.folder / f"tensors-{self._files:05d}.safetensors"
-        self._entries |= write_tensors(path, KIND, self._held)
-        self.bytes += path.stat().st_size
-        self._files += 1
-        self._held = {}
+        self.files.hold({name + suffix: tensor for suffix, tensor in stored.items()})
 
     def finish(self, about: Mapping[str, Any]) -> None:
         """Write the manifest, with the JSON `about` in it, which makes the folder complete."""
-        write_manifest(
-            self.folder, KIND, self._entries, **about,
-            tensors={name: asdict(kept) for name, kept in self.tensors.items()},
-        )
+        tensors = {name: asdict(kept) for name, kept in self.tensors.items()}
+        self.files.finish(**about, tensors=tensors)

@@ -34,16 +34,12 @@ from mergekit_pave.storage.archive import (
     Archive,
     Count,
     Dtype,
-    Entry,
+    Filling,
     Kind,
+    Reference,
     dtype_of,
     owned,
-    parsed,
-    read_manifest,
-    write_manifest,
-    write_tensors,
 )
-from mergekit_pave.storage.files import make_folder
 from mergekit_pave.storage.identity import checksum
 
 FOLDER = "emr"
@@ -87,18 +83,10 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """`id`, for people, and `hub`, the reference that can be loaded from there."""
-
-    id: str
-    hub: str | None
-
-
-@dataclass(frozen=True)
 class _About:
     """What the manifest says beside its entries."""
 
-    base: _Reference
+    base: Reference
     dtype: Dtype | None
     rescaler: str
     tasks: tuple[str, ...]
@@ -160,7 +148,7 @@ class Recorder:
         folder: Path,
         models: Mapping[Hashable, str],
         base: Hashable,
-        public_base: Mapping[str, str | None],
+        public_base: Reference,
         dtype: str | None,
         rearranges: bool,
     ):
@@ -169,21 +157,18 @@ class Recorder:
             folder: where they go.
             models: the id of each fine-tuned model in the merge, and its public name.
             base: the id of the base.
-            public_base: `id`, for people, and `hub`, the reference that can be loaded from there.
+            public_base: the base's public names.
             dtype: of the merge.
             rearranges: the vocabulary's rows are no longer those of the base's checkpoint.
         """
-        self.folder = folder
         self.tasks = {model: i for i, model in enumerate(models)}
         self.tensors: dict[str, Masked] = {}
         self._names = list(models.values())
-        self._base, self._public_base = base, dict(public_base)
+        self._base, self._public_base = base, public_base
         self._dtype, self.rearranges = dtype, rearranges
         self._rescaler: str | None = None
-        self._files = 0
-        self._held: dict[str, Tensor] = {}
         self._companions: list[tuple[str, ...]] = [() for _ in models]
-        self._entries: dict[str, Entry] = {}
+        self._files = Filling(folder, KIND, "masks", WINDOW)
         self._lock = threading.Lock()
 
     def add(
@@ -217,16 +202,15 @@ class Recorder:
         keeps_base = self.rearranges and vocabulary
         seen = identity(base)
         tasks = tuple(self.tasks[model] for model in models)
+        held = {_key(name, t): mask for t, mask in zip(tasks, packed, strict=True)}
+        if keeps_base:
+            held[name + _BASE] = base.cpu().contiguous()
         with self._lock:
-            self._held |= {_key(name, t): mask for t, mask in zip(tasks, packed, strict=True)}
-            if keeps_base:
-                self._held[name + _BASE] = base.cpu().contiguous()
             self.tensors[name] = Masked(
                 tuple(base.shape), dtype_of(base), seen, keeps_base, tasks, tuple(own),
                 tuple(unified),
             )
-            if sum(t.nbytes for t in self._held.values()) >= WINDOW:
-                self._flush()
+            self._files.hold(held)
 
     def keep(self, model: Hashable, files: Mapping[str, bytes | None]) -> None:
         """Take what lies beside one model's tensors: content by name, `None` for the merge's."""
@@ -236,7 +220,7 @@ class Recorder:
             for name, content in files.items():
                 if content is not None:
                     values = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)
-                    self._held[_beside(name, task)] = values[: len(content)].clone()
+                    self._files.hold({_beside(name, task): values[: len(content)].clone()})
 
     def _begin(self, base: Hashable, rescaler: str) -> None:
         with self._lock:
@@ -249,27 +233,15 @@ class Recorder:
         if rescaler != self._rescaler:
             raise PaveError("rescaler must be one value for the whole model; remove its filters.")
 
-    def _flush(self) -> None:
-        if not self._held:
-            return
-        make_folder(self.folder)
-        held, self._held = self._held, {}
-        path = self.folder / f"masks-{self._files:05d}.safetensors"
-        self._files += 1
-        self._entries |= write_tensors(path, KIND, held)
-
     def finish(self) -> None:
         """Write what is left and the manifest, which makes the masks usable."""
-        if not self.tensors:
-            return
-        self._flush()
-        write_manifest(
-            self.folder, KIND, self._entries,
-            version=version("mergekit-pave"), rescaler=self._rescaler, base=self._public_base,
-            dtype=self._dtype, tasks=self._names,
-            tensors={name: asdict(tensor) for name, tensor in self.tensors.items()},
-            companions=self._companions,
-        )
+        if self.tensors:
+            self._files.finish(
+                version=version("mergekit-pave"), rescaler=self._rescaler,
+                base=asdict(self._public_base), dtype=self._dtype, tasks=self._names,
+                tensors={name: asdict(tensor) for name, tensor in self.tensors.items()},
+                companions=self._companions,
+            )
 
 
 class TaskMasks:
@@ -281,19 +253,14 @@ class TaskMasks:
 
     def __init__(self, model: Path):
         self.folder = Path(model) / FOLDER
-        manifest = read_manifest(self.folder, KIND)
-        if manifest is None:
-            raise PaveError(
-                f"{model} has no task masks (no {FOLDER}/{MANIFEST}); only a finished merge with "
-                "`merge_method: emr` or `pave_emr` leaves them."
-            )
-        self._archive = Archive(self.folder, KIND, manifest.get("entries"))
+        self._archive, about = Archive.opened(
+            self.folder, KIND, _About,
+            f"{model} has no task masks (no {FOLDER}/{MANIFEST}); only a finished merge with "
+            "`merge_method: emr` or `pave_emr` leaves them.")
         with self._archive.guard(f"{MANIFEST}: "):
-            about = parsed(_About, manifest)
             self._check(about)
         self._archive.check()
-        self.tasks, self.tensors = list(about.tasks), about.tensors
-        self.base: dict[str, str | None] = asdict(about.base)
+        self.tasks, self.tensors, self.base = list(about.tasks), about.tensors, about.base
         self.dtype, self.rescaler = about.dtype, about.rescaler
         self._companions = about.companions
 

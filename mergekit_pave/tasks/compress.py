@@ -17,8 +17,14 @@ import torch
 from mergekit.common import ModelReference
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.names import is_local, name_of
-from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+from mergekit_pave.models.names import name_of
+from mergekit_pave.models.source import (
+    LoaderOptions,
+    model_source,
+    paths_of,
+    public_reference,
+    read_config,
+)
 from mergekit_pave.recipe.parameters import RANK_FRACTION
 from mergekit_pave.recipe.reading import configuration
 from mergekit_pave.storage.archive import parsed, read_manifest
@@ -62,7 +68,7 @@ def compress(
     for model, name in zip(models, names, strict=True):
         tuned = model_source(model, options)
         header = {
-            "task": name, "model": tuned.label, "base": _reference(base, source.label),
+            "task": name, "model": tuned.label, "base": asdict(public_reference(base)),
             **asdict(settings), "weights": digest(tuned.tensors()), "base_weights": base_weights,
         }
         if not _is_finished(out / name, header):
@@ -92,17 +98,11 @@ def _models(raw: Any) -> tuple[ModelReference, list[ModelReference]]:
     return config.base_model, models
 
 
-def _reference(model: ModelReference, label: str) -> dict[str, str | None]:
-    """`id`, for people; `hub`, the whole reference, where it can be loaded from the Hub."""
-    paths = [part.path for part in (model.model, model.lora) if part]
-    return {"id": label, "hub": None if any(map(is_local, paths)) else str(model)}
-
-
 def _folders(models: Sequence[ModelReference]) -> list[str]:
     """A folder name for each: the last part of its path, numbered where that is not enough."""
     names: list[str] = []
     for model in models:
-        parts = [name_of(p.path).split("/")[-1] for p in (model.model, model.lora) if p]
+        parts = [name_of(path).split("/")[-1] for path in paths_of(model)]
         # A `+` or `@` in a path has a meaning to mergekit.
         name = re.sub(r"[^\w.-]+", "-", "-".join(parts)).lstrip(".") or "model"
         numbered = (f"{name}-{i}" for i in count(2))

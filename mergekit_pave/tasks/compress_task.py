@@ -137,11 +137,11 @@ def compress_task(
         stored = {key: value.to("cpu", copy=True).contiguous() for key, value in stored.items()}
         writer.add(name, stored, Kept(
             how, tuple(tensor.shape), _held_dtype(name, tensor), energy=energy,
-            base=None if how == "whole" else checksum(there),
+            base=None if how == "whole" or there is None else checksum(there),
             rank=len(stored["::s"]) if how == "factors" else None,
         ))
         too_large += how == "whole" and there is not None and tensor.ndim == 2
-    writer.flush()
+    writer.files.flush()
     copy_companions(_companions(tuned), folder / MODEL)
     summary = _summary(header["task"], writer, size, too_large)
     writer.finish({"version": version("mergekit-pave"), **header, "summary": asdict(summary)})
@@ -174,16 +174,16 @@ def _held_dtype(name: str, tensor: Tensor) -> str:
 
 def _summary(task: str, writer: Writer, size: int, too_large: int) -> Summary:
     ways = Counter(kept.how for kept in writer.tensors.values())
-    parts = {n: kept for n, kept in writer.tensors.items() if kept.how == "factors"}
-    shares = {n: kept.energy[0] / kept.energy[1] for n, kept in parts.items()}
-    worst = min(shares, key=shares.get) if shares else None
-    numbers = sum(prod(kept.shape) for kept in parts.values())
-    left, total = (sum(kept.energy[i] for kept in parts.values()) for i in range(2))
+    parts = [(name, kept.shape, kept.rank, *kept.energy) for name, kept in writer.tensors.items()
+             if kept.rank is not None and kept.energy is not None]
+    numbers = sum(prod(shape) for _, shape, *_ in parts)
+    left, total = sum(part[3] for part in parts), sum(part[4] for part in parts)
     return Summary(
-        task=task, stored=writer.bytes, model=size,
-        share=sum(k.rank * (sum(k.shape) + 1) for k in parts.values()) / max(numbers, 1),
+        task=task, stored=writer.files.bytes, model=size,
+        share=sum(k * (sum(shape) + 1) for _, shape, k, *_ in parts) / max(numbers, 1),
         energy=left / total if parts else 1.0,
-        worst=(worst, shares[worst]) if worst else None,
+        worst=min(((name, own / whole) for name, _, _, own, whole in parts),
+                  key=lambda item: item[1], default=None),
         ways={way: ways[way] for way in ("base", "rows", "factors", "whole")},
         too_large=too_large,
     )

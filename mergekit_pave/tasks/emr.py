@@ -68,7 +68,7 @@ def load_task_model(
     config = kwargs.pop("config", None) or config
     state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
     # An `AutoModel` looks for the code of a repository, and there is none: only a state.
-    concrete = type(empty_model(config, trust_remote_code))
+    concrete: Any = type(empty_model(config, trust_remote_code))
     wants_info = kwargs.pop("output_loading_info", False)
     with BUILDING:
         model, info = concrete.from_pretrained(
@@ -76,7 +76,8 @@ def load_task_model(
     refuse_random(model, info, f"task {task} of {name_of(str(merged))}")
     if generation:
         model.generation_config = generation
-    return (model, info) if wants_info else model
+    found: Any = (model, info) if wants_info else model
+    return found
 
 
 def _own_settings(
@@ -198,12 +199,12 @@ def _folder(merged: Path | str, options: LoaderOptions) -> Path:
 def _base_folder(
     merged: Path, masks: TaskMasks, given: str | None, options: LoaderOptions
 ) -> Path:
-    name = given or masks.base["hub"]
+    name = given or masks.base.hub
     # A public record holds no local path; mergekit's own file, beside the model, does.
     reference = model_reference(name) if name else _configured_base(merged)
     if reference is None:
         raise PaveError(
-            f"{merged} was merged from the local base {masks.base['id']}, which is not found here: "
+            f"{merged} was merged from the local base {masks.base.id}, which is not found here: "
             "name its folder with --base."
         )
     read_config(reference, options)
@@ -241,7 +242,7 @@ class _Base:
                 if identity(tensor) == wanted.base:
                     return tensor
         raise PaveError(
-            f"{self._folder} is not the base of this merge, {self._masks.base['id']} (first "
+            f"{self._folder} is not the base of this merge, {self._masks.base.id} (first "
             f"difference: {name}); name that one with --base."
         )
 

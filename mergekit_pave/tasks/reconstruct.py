@@ -32,7 +32,7 @@ def tensors(task: Compressed, base: Path) -> Iterator[tuple[str, Tensor]]:
             if there is None or checksum(there) != kept.base:
                 raise PaveError(
                     f"{base} is not the base that {task.folder} was compressed against, "
-                    f"{task.base['id']} (first difference: {name}); name that one with --base."
+                    f"{task.base.id} (first difference: {name}); name that one with --base."
                 )
         yield name, task.tensor(name, there)
 
@@ -56,10 +56,10 @@ def reconstruct(
     options, out = options or LoaderOptions(), Path(out)
     refuse_used(out)
     compressed = Compressed(Path(task))
-    name = base or compressed.base["hub"]
+    name = base or compressed.base.hub
     if name is None:
         raise PaveError(
-            f"{task} was compressed against the local base {compressed.base['id']}: name its "
+            f"{task} was compressed against the local base {compressed.base.id}: name its "
             "folder with --base."
         )
     reference = model_reference(name)

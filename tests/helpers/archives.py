@@ -8,6 +8,7 @@ import torch
 
 from helpers import ABOUT, add_window
 from mergekit_pave.algebra.emr import Trace
+from mergekit_pave.storage.archive import Reference
 from mergekit_pave.storage.covariances import CovarianceStore, StoreWriter, Weight
 from mergekit_pave.storage.identity import checksum, fingerprint
 from mergekit_pave.storage.low_rank import MODEL, Compressed, Kept, Writer, pack
@@ -34,7 +35,7 @@ def read_store(folder: Path) -> None:
 
 def make_masks(folder: Path) -> Path:
     recorder = Recorder(folder / FOLDER, {"m": "org/m", "n": "org/n"}, "base",
-                        {"id": "base", "hub": None}, "float32", rearranges=True)
+                        Reference("base", None), "float32", rearranges=True)
     traces = [("m", Trace(BASE > 0, 1.0, 2.0)), ("n", Trace(WEIGHT > 3, 1.0, 2.0))]
     recorder.add("x.weight", "base", WEIGHT, traces, "global", vocabulary=True)
     recorder.add("y.weight", "base", WEIGHT, traces[1:], "global", vocabulary=False)
@@ -68,7 +69,6 @@ def make_compressed(folder: Path) -> Path:
             how, tuple(tensor.shape), "float32", None if base is None else checksum(base),
             1 if how == "factors" else None, energy))
     assert {kept.how for kept in writer.tensors.values()} == {"factors", "rows", "whole", "base"}
-    writer.flush()
     writer.finish({"base": {"id": "base", "hub": None}})
     return folder
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_pave.algebra.emr import Trace
 from mergekit_pave.errors import PaveError
 from mergekit_pave.publish.hub import merge_files, push_merge, push_store
+from mergekit_pave.storage.archive import Reference
 from mergekit_pave.storage.masks import FOLDER, Recorder
 
 STRAY = ("rows.jsonl", "train.log", "optimizer.pt", "train.py", "model-00009-of-00009.safetensors",
@@ -33,7 +34,7 @@ def strew(folder: Path) -> None:
 
 def add_masks(folder: Path) -> None:
     base = torch.zeros(3, 2)
-    recorder = Recorder(folder / FOLDER, {"m": "org/m"}, "base", {"id": "b", "hub": None},
+    recorder = Recorder(folder / FOLDER, {"m": "org/m"}, "base", Reference("b", None),
                         "float32", rearranges=False)
     recorder.add("x.weight", "base", base, [("m", Trace(base == 0, 1.0, 2.0))], "global", False)
     recorder.finish()

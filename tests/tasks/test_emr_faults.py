@@ -60,12 +60,13 @@ def test_a_killed_merge_leaves_nothing_that_counts(emr_trio, tmp_path):
         "from mergekit.merge import run_merge, MergeOptions\n"
         "from mergekit.config import MergeConfiguration\n"
         "from mergekit_pave.storage import masks as task_masks\n"
+        "from mergekit_pave.storage.archive import Filling\n"
         "task_masks.WINDOW = 1_000\n"
-        "flush = task_masks.Recorder._flush\n"
+        "flush = Filling.flush\n"
         "def dying(self):\n"
         "    flush(self)\n"
         "    if self._files == 3: os._exit(9)\n"
-        "task_masks.Recorder._flush = dying\n"
+        "Filling.flush = dying\n"
         "config = MergeConfiguration.model_validate(yaml.safe_load(open('merge.yml')))\n"
         "run_merge(config, 'out', MergeOptions(quiet=True))\n")
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
