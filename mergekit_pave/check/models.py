@@ -20,6 +20,7 @@ from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapted import only_by_peft
+from mergekit_pave.models.merged_copies import refuse_two
 from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -48,6 +49,8 @@ def check_models(
         own = _mergeable(entry.model, options, entry.where)
         if entry.model.lora:
             _check_adapter(entry)
+            if options.lora_merge_cache:
+                refuse_two(entry.model)
             if not options.lora_merge_cache and (why := only_by_peft(entry.model, options)):
                 yield error(entry.where, why)
         where, model = entry.where, entry.model

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelPath, ModelReference
 
+from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import BUILDING
 from mergekit_pave.storage.files import locked, scratch
 
@@ -39,7 +40,11 @@ def merged_copy(
         cache: folder of merged copies.
         dtype: the name of the dtype that they are merged in.
         make: mergekit's own way, given a folder to write the copy into.
+
+    Raises:
+        PaveError: the model holds an adapter of its own.
     """
+    refuse_two(model)
     cache = Path(cache)
     name = f"{_name(model.model)}_{_name(model.lora)}-{_key(model, dtype)}"
     target = cache / name
@@ -50,6 +55,21 @@ def merged_copy(
                 with scratch(cache) as temporary, BUILDING:
                     os.replace(make(str(temporary)).model.path, target)
     return ModelReference(model=ModelPath(path=str(target)))
+
+
+def refuse_two(model: ModelReference) -> None:
+    """Raise `PaveError` where transformers would apply an adapter in the model's own folder too."""
+    part, name = model.model, "adapter_config.json"
+    if os.path.isdir(part.path):
+        there = os.path.exists(os.path.join(part.path, name))
+    else:
+        there = _downloaded(part, name) is not None
+    if there:
+        raise PaveError(
+            f"{part.path} holds an adapter beside its weights ({name}), which transformers would "
+            f"apply to them before {model.lora.path}: move it away, or leave --lora-merge-cache "
+            "out."
+        )
 
 
 def _name(part: ModelPath) -> str:
@@ -99,8 +119,12 @@ def _files(folder: str) -> list[Path]:
 
 def _commit(part: ModelPath, name: str) -> str:
     """The revision of a repository that is used now; its name where that cannot be told."""
+    path = _downloaded(part, name)
+    return path.parent.name if path else str(part.revision)
+
+
+def _downloaded(part: ModelPath, name: str) -> Path | None:
     try:
-        path = hf_hub_download(part.path, name, revision=part.revision)
+        return Path(hf_hub_download(part.path, name, revision=part.revision))
     except NOT_THERE:
-        return str(part.revision)
-    return Path(path).parent.name
+        return None

@@ -10,11 +10,14 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import make_family
+from helpers import OPTIONS, make_family
 from mergekit.common import ModelReference
 from safetensors.torch import load_file
 
 from mergekit_pave import plugin
+from mergekit_pave.check import check
+from mergekit_pave.errors import PaveError
+from mergekit_pave.models.adapted import adapted_loader
 from mergekit_pave.models.source import LoaderOptions, model_source
 
 plugin.register()
@@ -109,6 +112,23 @@ def test_what_a_killed_process_left_is_no_copy(base, tmp_path):
     (left / "mark.json").write_text('{"kind": "mergekit-pave scratch"}')
     assert by_us(base, adapter, cache) == copy and (copy / "config.json").exists()
     assert not left.exists()
+
+
+def test_an_adapter_left_in_the_folder_of_its_model(base, tmp_path):
+    train(base, tmp_path / "adapter", 1)
+    train(base, base, 2)
+    cache = str(tmp_path / "cache")
+    with pytest.raises(PaveError, match="base holds an adapter beside its weights"):
+        by_us(base, tmp_path / "adapter", tmp_path / "cache")
+    raw = {"merge_method": "tsv_m", "base_model": str(base),
+           "models": [{"model": f"{base}+{tmp_path / 'adapter'}"}]}
+    assert "holds an adapter" in str(check(raw, LoaderOptions(lora_merge_cache=cache))[-1])
+    # Read without a copy, the model is what its own files say.
+    loader = adapted_loader(ModelReference.model_validate(raw["models"][0]["model"]), OPTIONS)
+    for file in base.glob("adapter_*"):
+        file.unlink()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(loader.get_tensor(name), changed(base, tmp_path / "adapter"))
 
 
 def test_a_model_without_an_adapter_is_itself(base):
