@@ -47,8 +47,10 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def _said(file: Path) -> bytes:
-    """What a file holds; safetensors writes the metadata in its header in any order."""
+    """What a file holds: safetensors orders its metadata, mergekit's card its models, by chance."""
     content = file.read_bytes()
+    if file.name == "README.md":
+        return b"\n".join(sorted(content.splitlines()))
     if file.suffix != ".safetensors":
         return content
     end = 8 + int.from_bytes(content[:8], "little")
