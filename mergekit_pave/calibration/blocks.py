@@ -100,8 +100,9 @@ class Walk:
         finally:
             while self._held:
                 module = self._held.pop()
-                module._hf_hook.offload = True
-                module._hf_hook.post_forward(module, None)
+                hook = _hook(module)
+                hook.offload = True
+                hook.post_forward(module, None)
 
     def run(self, block: int, number: int, keep: bool) -> Any:
         """Send batch `number` through `block`, within `at(block)`.
@@ -162,9 +163,10 @@ class Walk:
 
     def _hold(self, module: nn.Module) -> None:
         if has_offloaded_params(module):
-            module._hf_hook.pre_forward(module)
+            hook = _hook(module)
+            hook.pre_forward(module)
             # Until it is released the hook leaves the weights where they are.
-            module._hf_hook.offload = False
+            hook.offload = False
             self._held.append(module)
 
 
@@ -206,6 +208,11 @@ def _advance(walk: Walk, block: int, marks: Sequence[Sequence[Tensor]]) -> bool:
         for number in range(1, len(walk.batches)):
             walk.run(block, number, True)
     return True
+
+
+def _hook(module: nn.Module) -> Any:
+    """accelerate's, which brings offloaded weights and takes them away again."""
+    return module._hf_hook
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from mergekit_pave.algebra.second_moment import SecondMoment
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.layers import LinearLayer
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
@@ -97,13 +98,13 @@ def forward(
     Inputs go to `device`, by default the model's.
     """
     device = device or input_device(model)
-    inputs = {
+    inputs: dict[str, Any] = {
         key: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for key, value in batch.items()
     }
     if "input_ids" in inputs and getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
-    if not logits and "logits_to_keep" in _arguments(type(model)):
+    if not logits and "logits_to_keep" in _arguments(type(model).forward):
         # The logits of every token are often larger than all that is collected.
         inputs["logits_to_keep"] = 1
     try:
@@ -114,13 +115,13 @@ def forward(
 
 
 @cache
-def _arguments(model: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)
+def _arguments(forward: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def plan_sites(
     model: PreTrainedModel,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, LinearLayer],
     batch: Batch | None,
     device: torch.device | None = None,
 ) -> list[SitePlan]:
@@ -173,7 +174,7 @@ def _try(model: PreTrainedModel, batch: Batch, device: torch.device | None) -> N
         ) from error
 
 
-def _width(module: nn.Module) -> int:
+def _width(module: LinearLayer) -> int:
     return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
 
 

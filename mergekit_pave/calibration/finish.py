@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from accelerate.utils import align_module_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergekit_pave.calibration.collect import SitePlan
 from mergekit_pave.calibration.samples import Samples
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import LinearLayers, is_transposed, warn_of_unseen
+from mergekit_pave.models.layers import LinearLayer, LinearLayers, is_transposed, warn_of_unseen
 from mergekit_pave.models.source import ModelSource
 from mergekit_pave.storage.covariances import CovarianceStore, StoreWriter, Weight
 from mergekit_pave.storage.identity import fingerprint
@@ -70,7 +70,7 @@ def entries_within(
         for site in sites for name in site.weights if name.startswith(within)}
 
 
-def _entry(site: str, module: nn.Module) -> Entry:
+def _entry(site: str, module: LinearLayer) -> Entry:
     """What a manifest says of one layer, and its fingerprint; reads an offloaded weight."""
     with align_module_device(module):
         weight = module.weight

@@ -116,7 +116,7 @@ def form_of(
 
 def _tokens(*found: int | Sequence[int] | None) -> tuple[int, ...]:
     """The ids in their order, each once; configurations hold one, several or none."""
-    flat = [i for ids in found if ids is not None for i in ([ids] if type(ids) is int else ids)]
+    flat = [i for ids in found if ids is not None for i in ([ids] if isinstance(ids, int) else ids)]
     return tuple(dict.fromkeys(flat))
 
 
@@ -223,9 +223,7 @@ def generated_samples(source: ModelSource, spec: CalibrationSpec, resources: Res
     """
     config = source.config()
     refuse_unless_causal(config, source.label)
-    tokenizer = load_tokenizer(source.tokenizer, {
-        "revision": source.revision or "main", "trust_remote_code": source.trust_remote_code,
-        "cache_dir": source.cache_dir})
+    tokenizer = load_tokenizer(source.tokenizer, source.loading)
     form = form_of(tokenizer, config, _generation(source, config), source.label)
     limit = length_limit(config, tokenizer, spec.max_seq_length)
     length = min(LENGTH, limit - len(form.opening))

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.layers import BUILDING
+from mergekit_pave.models.layers import BUILDING, class_name
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 
 _POSITION_KEYS = (
@@ -31,9 +31,8 @@ _NO_LIMIT = 10**9
 
 def main_input(config: PreTrainedConfig) -> str:
     """`input_ids`, `pixel_values`, ...: what the model's forward pass takes first."""
-    model = MODEL_MAPPING.get(type(config), None)
-    if isinstance(model, tuple):
-        model = model[0]
+    known: Any = MODEL_MAPPING.get(type(config), None)
+    model = known[0] if isinstance(known, tuple) else known
     return getattr(model, "main_input_name", "input_ids")
 
 
@@ -65,7 +64,7 @@ def _is_named_causal(architecture: str) -> bool:
 
 def refuse_unless_causal(config: PreTrainedConfig, model: str) -> None:
     """Raise `PaveError` for a model that cannot write text for `calibration_dataset: self`."""
-    own = (config.architectures or [None])[0]
+    own = class_name(config)
     known = own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if own and not config.is_encoder_decoder and (known or _is_named_causal(own)):
         return

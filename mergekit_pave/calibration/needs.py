@@ -10,6 +10,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mergekit_pave.models.layers import class_name
+
 # How a forward pass ends in which an input is missing. Whatever else goes wrong here, such as an
 # operation that needs values, says nothing of the model.
 _MISSING = re.compile(
@@ -22,7 +24,7 @@ def missing_input(config: PreTrainedConfig, images: bool) -> str | None:
     Runs the model's class on tensors without memory (the `meta` device), and only for configs
     that hold those of several models.
     """
-    name = (config.architectures or [None])[0]
+    name = class_name(config)
     cls = getattr(transformers, name, None) if name else None
     if cls is None or not _parts(config):
         return None

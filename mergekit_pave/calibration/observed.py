@@ -49,10 +49,9 @@ def observed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Obs
     No blocks are found when one of `modules` is called within several of them.
     """
     found = Observed()
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     members = {
-        f"{name}.{i}": member for name in lists
-        for i, member in enumerate(model.get_submodule(name))
+        f"{name}.{i}": member for name, part in lists.items() for i, member in enumerate(part)
         if next(member.parameters(), None) is not None}
     stack: list[str] = []
     order: list[str] = []
@@ -83,8 +82,8 @@ def observed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Obs
             handle.remove()
     taken: list[str] = []
     calls = Counter(order)
-    for name in lists:
-        own = [f"{name}.{i}" for i in range(len(model.get_submodule(name)))]
+    for name, part in lists.items():
+        own = [f"{name}.{i}" for i in range(len(part))]
         inner = any(name.startswith(outer + ".") for outer in taken)
         once = all(calls[n] == 1 and inputs[n] and outputs.get(n) for n in own)
         if len(own) > 1 and once and not inner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from mergekit_pave.calibration.collect import SitePlan, plan_sites, windows
 from mergekit_pave.calibration.observed import observed
 from mergekit_pave.models.layers import LinearLayers
-from mergekit_pave.storage.covariances import StoreWriter
 
 # Of the memory for sums what the states between two blocks may take.
 STATES = 0.25
@@ -44,7 +43,7 @@ def make_plan(
     model: PreTrainedModel,
     layers: LinearLayers,
     work: Sequence[dict],
-    writer: StoreWriter,
+    done: Container[str],
     budget: int,
 ) -> Plan:
     """What is left to collect, from an ordinary forward pass over one row.
@@ -53,7 +52,7 @@ def make_plan(
         model: the model.
         layers: its linear layers.
         work: the batches.
-        writer: knows the sites that an earlier run has finished.
+        done: names of the sites that an earlier run has finished.
         budget: bytes of sums held at a time.
     """
     smallest = min(work, key=lambda batch: sum(value.numel() for value in batch.values()))
@@ -62,7 +61,7 @@ def make_plan(
     one = {name: value[:1] for name, value in smallest.items()}
     with observed(model, layers.modules) as seen:
         sites = plan_sites(model, layers.modules, one)
-    todo = missing(sites, writer)
+    todo = missing(sites, done)
     plan = Plan(sites, windows(todo, budget))
     # A single pass over the data reads offloaded weights once for each batch.
     offloaded = any(p.is_meta for p in model.parameters())
@@ -80,7 +79,5 @@ def make_plan(
                 seen.marks, one)
 
 
-def missing(sites: Sequence[SitePlan], writer: StoreWriter) -> list[SitePlan]:
-    return [site for site in sites if site.name not in writer.sites]
-
-
+def missing(sites: Sequence[SitePlan], done: Container[str]) -> list[SitePlan]:
+    return [site for site in sites if site.name not in done]

@@ -95,11 +95,11 @@ class Workers:
         """This process's device, and its share of the free memory where no size was given."""
         if self.count == 1:
             return resources
-        own = replace(resources, device=self.device)
+        own = replace(resources, device=self.device or resources.device)
         weights, sums = own.weights_budget(), own.statistics_budget()
         if resources.max_memory is None:
             weights //= self.local_count
-        if resources.statistics_memory is None and self.device.type == "cpu":
+        if resources.statistics_memory is None and own.device.type == "cpu":
             sums //= self.local_count
         return replace(own, max_memory=weights, statistics_memory=sums)
 
@@ -142,11 +142,10 @@ class Workers:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns in the main process, in every one of them."""
-        with self.together():
-            value = make() if self.main else None
         if self.count == 1:
-            return value
-        values = [value]
+            return make()
+        with self.together():
+            values: list[Any] = [make() if self.main else None]
         with _together():
             dist.broadcast_object_list(values, src=0)
         return values[0]
@@ -154,9 +153,9 @@ class Workers:
     def once_per_machine(self, make: Callable[[], T]) -> T:
         """`make()` in every process, one of each machine ahead of the others: it fills caches."""
         with self.together():
-            value = make() if self.local_rank == 0 else None
+            first = [make()] if self.local_rank == 0 else []
         with self.together():
-            return make() if self.local_rank else value
+            return first[0] if first else make()
 
     def total(self, moments: Mapping[str, SecondMoment]) -> None:
         """Add up the second moments of all processes in those of the main one.

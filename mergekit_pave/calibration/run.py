@@ -87,14 +87,7 @@ def samples_of(source: ModelSource, spec: CalibrationSpec, resources: Resources)
     """The rows that `spec` asks for, of a dataset or written by the model itself."""
     if spec.generated:
         return generated_samples(source, spec, resources)
-    return load_samples(
-        spec,
-        source.tokenizer,
-        source.config(),
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        cache_dir=source.cache_dir,
-    )
+    return load_samples(spec, source.tokenizer, source.config(), **source.loading)
 
 
 def calibrate(
@@ -188,9 +181,9 @@ class _Collector:
                     if inside and not self.workers.from_main(partial(ahead, block)):
                         return False
                     for window in todo[:-1]:
-                        self.window(window, lambda n, k=block: walk.run(k, n, False))
+                        self.window(window, partial(walk.run, block, keep=False))
                     if todo:
-                        self.window(todo[-1], lambda n, k=block: walk.run(k, n, True))
+                        self.window(todo[-1], partial(walk.run, block, keep=True))
                     else:
                         for number in range(len(self.work)):
                             walk.run(block, number, True)
@@ -218,7 +211,8 @@ def _collect(
     """
     work = list(batches(workers.deal(samples), batch_size))
     budget = min(workers.gather(resources.statistics_budget()))
-    plan = workers.from_main(lambda: make_plan(model, layers, work, writer, budget))
+    done = writer.sites if writer else {}
+    plan = workers.from_main(lambda: make_plan(model, layers, work, done, budget))
     runs = sum(max(1, len(windows)) for windows in plan.steps) or len(plan.windows)
     bar = tqdm(
         total=runs * len(work), desc=f"Calibrating {source.label}", unit="batch",
@@ -226,13 +220,14 @@ def _collect(
     with bar as progress:
         collector = _Collector(source, model, layers, work, writer, workers, progress)
         if plan.blocks:
-            states, entries = States(int(budget * STATES), folder / "states"), {}
+            states = States(int(budget * STATES), folder / "states")
+            entries: dict[str, Entry] = {}
             if collector.through_blocks(plan, states, entries):
                 return plan.sites, entries
             logger.info("%s does not run block by block; its windows cost a pass each.",
                         source.label)
             plan = workers.from_main(
-                lambda: Plan(plan.sites, windows(missing(plan.sites, writer), budget)))
+                lambda: Plan(plan.sites, windows(missing(plan.sites, done), budget)))
         for window in plan.windows:
             collector.window(window)
     return plan.sites, {}

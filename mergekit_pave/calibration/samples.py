@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def load_samples(
     loading = {
         "revision": revision or "main", "trust_remote_code": trust_remote_code,
         "cache_dir": cache_dir}
-    encoder = _encoder(rows, str(model_path), config, loading)
+    encoder = encoder_of(rows, str(model_path), config, loading)
     items, indices, skipped = _encode(rows, encoder, name_of(str(model_path)))
     _show(items[0], encoder)
     return make_samples(items, spec, _notes(rows, encoder, indices, skipped))
@@ -80,7 +81,7 @@ def make_samples(
     items: Sequence[dict[str, Tensor]], spec: CalibrationSpec, notes: dict[str, Any]
 ) -> Samples:
     """Address the encoded data of `spec` by its content, and count it."""
-    digests = [_digest(item) for item in items]
+    digests = [digest_of(item) for item in items]
     duplicates = len(items) - len(set(digests))
     if duplicates > 0.2 * len(items):
         logger.warning(
@@ -98,28 +99,34 @@ def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
     The order depends on the samples alone. Text gets an `attention_mask` of ones, which
     spares models the guess at which tokens are padding.
     """
-    groups: dict[tuple, list[dict[str, Tensor]]] = {}
-    for item in samples.items:
+    return (batch for _, batch in stacked(samples.items, lambda size: batch_size))
+
+
+def stacked(
+    items: Sequence[dict[str, Tensor]], rows: Callable[[int], int]
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Items by their numbers, and as `batches` has them; `rows` of those whose largest tensor has
+    so many entries go into one batch."""
+    groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
+    for i, item in enumerate(items):
         key = tuple(sorted((name, tuple(value.shape)) for name, value in item.items()))
-        groups.setdefault(key, []).append(item)
+        groups.setdefault(key, []).append(i)
+    sizes = {key: [prod(shape) for _, shape in key] for key in groups}
     # Largest first: what does not fit in memory shows at once.
-    for key in sorted(groups, key=lambda key: (-sum(map(_size, key)), key)):
-        group = groups[key]
-        for start in range(0, len(group), batch_size):
-            chunk = group[start : start + batch_size]
-            batch = {name: torch.stack([item[name] for item in chunk]) for name in chunk[0]}
+    for key in sorted(groups, key=lambda key: (-sum(sizes[key]), key)):
+        group, step = groups[key], rows(max(sizes[key]))
+        for start in range(0, len(group), step):
+            chunk = group[start : start + step]
+            batch = {name: torch.stack([items[i][name] for i in chunk]) for name, _ in key}
             if "input_ids" in batch:
                 batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-            yield batch
+            yield chunk, batch
 
 
-def _size(named_shape: tuple[str, tuple[int, ...]]) -> int:
-    return torch.Size(named_shape[1]).numel()
-
-
-def _encoder(
+def encoder_of(
     rows: Rows, model: str, config: PreTrainedConfig, loading: dict[str, Any]
 ) -> TextEncoder | ImageEncoder:
+    """What turns rows into tensors for a model; `loading` as in `load_tokenizer`."""
     refuse_unreadable(rows, model, config)
     if rows.image or main_input(config) == "pixel_values":
         return _image_encoder(rows, model, config, loading)
@@ -223,7 +230,8 @@ def _tokens(item: dict[str, Tensor]) -> int:
         item[name].numel() for name in ("input_ids", "decoder_input_ids") if name in item)
 
 
-def _digest(item: dict[str, Tensor]) -> str:
+def digest_of(item: dict[str, Tensor]) -> str:
+    """sha256 of an encoded row."""
     parts = hashlib.sha256()
     for name, value in sorted(item.items()):
         parts.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -52,7 +52,8 @@ def calibrate(
     options = options or LoaderOptions()
     spec = CalibrationSpec(dataset, **keys)
     source = model_source(model_reference(model), options)
-    return calibrate_to(source, spec, Path(output), resources or Resources())
+    calibrate_to(source, spec, Path(output), resources or Resources())
+    return CovarianceStore(output)
 
 
 def cached_store(
@@ -72,7 +73,7 @@ def cached_store(
         make_folder(folder.parent)
         with locked(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
-                return compute(source, samples, folder, resources, spec.batch_size, identity)
+                compute(source, samples, folder, resources, spec.batch_size, identity)
     store = CovarianceStore(folder)
     # The same rows may have had another name when they were counted, one that is not to be
     # published any more.

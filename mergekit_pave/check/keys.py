@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergekit import merge_methods
@@ -118,7 +118,7 @@ def _join(where: str, key: str) -> str:
 
 
 def _unknown(
-    mapping: Mapping[str, Any], fields: Iterable[str], where: str, method: MergeMethod
+    mapping: Mapping[str, Any], fields: Collection[str], where: str, method: MergeMethod
 ) -> Iterator[Finding]:
     parameters = [p.name for p in method.spec.parameters] if "parameters" in fields else []
     for key in mapping:

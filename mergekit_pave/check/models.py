@@ -20,6 +20,7 @@ from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapted import only_by_peft
+from mergekit_pave.models.layers import class_name
 from mergekit_pave.models.merged_copies import refuse_two
 from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
@@ -56,8 +57,8 @@ def check_models(
         where, model = entry.where, entry.model
         if not allowed.crimes and _different(own, base):
             yield error(
-                where, f"{model} is a {own.architectures[0]} and the base a "
-                f"{base.architectures[0]}; merging needs one architecture."
+                where, f"{model} is a {class_name(own)} and the base a {class_name(base)}; "
+                "merging needs one architecture."
             )
             continue
         sliced = config.slices or any(m.slices for m in (config.modules or {}).values())
@@ -69,7 +70,7 @@ def check_models(
                     where, f"{model} has {key} {ours}, the base {theirs}; merge fine-tunes of "
                     "this base only."
                 )
-        if "Classification" in own.architectures[0] and own.architectures == base.architectures:
+        if "Classification" in class_name(own) and own.architectures == base.architectures:
             if own.num_labels != base.num_labels:
                 yield error(
                     where, f"{model} classifies into {own.num_labels} labels, the base into "

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from mergekit_pave.check.finding import Finding
+from mergekit_pave.models.layers import class_name
 from mergekit_pave.models.source import INCIDENTAL, LoaderOptions, read_config, tokenizer_of
 from mergekit_pave.recipe.inputs import inputs, unwrapped
 
@@ -86,7 +87,7 @@ def _known(config: PretrainedConfig) -> set[str]:
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
-    return "Classification" in (config.architectures or [""])[0]
+    return "Classification" in class_name(config)
 
 
 def _differences(ours: Any, theirs: Any, name: str) -> Iterator[str]:
@@ -119,12 +120,12 @@ def _habits(
 ) -> Iterator[str]:
     """What a user meets when a model writes: how it ends, samples, and is addressed."""
     own, other = (tokenizer_of(m, options) for m in (model, donor))
-    ours, theirs = (_end_token(part, options) for part in (own, other))
-    if None not in (ours, theirs) and ours != theirs:
-        yield f"eos_token {ours!r}, there {theirs!r}"
-    ours, theirs = (_template(part, options) for part in (own, other))
-    if not config.chat_template and ours and ours != theirs:
-        yield f"a chat template, there {'another' if theirs else 'none'}"
+    end, there = (_end_token(part, options) for part in (own, other))
+    if None not in (end, there) and end != there:
+        yield f"eos_token {end!r}, there {there!r}"
+    template, there = (_template(part, options) for part in (own, other))
+    if not config.chat_template and template and template != there:
+        yield f"a chat template, there {'another' if there else 'none'}"
     ours, theirs = (_generation(m, options) for m in (model, donor))
     keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     if keys and not (config.tokenizer or config.tokenizer_source):

@@ -64,21 +64,23 @@ class Bench:
 
     def experts(self) -> list[Scores]:
         """What every expert scores on its own rows."""
-        return [self._kept(task.source, i) for i, task in enumerate(self.asked)]
+        return [self.of(task.source, [i])[0] for i, task in enumerate(self.asked)]
 
     def bases(self) -> list[Scores] | None:
         """What the base scores on every task's rows; `None` without a base."""
         return None if self.base is None else self.of(self.base)
 
-    def of(self, source: ModelSource) -> list[Scores]:
-        """What a model scores on every task's rows, from the cache where it is there."""
-        keys = [self._key(source, i) for i in range(len(self.asked))]
-        found = [_read_scores(key) for key in keys]
-        missing = [i for i, scores in enumerate(found) if scores is None]
+    def of(self, source: ModelSource, which: Sequence[int] | None = None) -> list[Scores]:
+        """What a model scores on the rows of some tasks, or of all; kept by content."""
+        asked = range(len(self.asked)) if which is None else which
+        keys = {i: self._key(source, i) for i in asked}
+        found = {i: arrays([kept])[0] for i, key in keys.items()
+                 if (kept := read_kept(key)) is not None}
+        missing = [i for i in keys if i not in found]
         for i, scores in zip(missing, self.fresh(source, missing), strict=True):
-            _write_scores(keys[i], scores)
+            write_kept(keys[i], plain([scores])[0])
             found[i] = scores
-        return found
+        return [found[i] for i in keys]
 
     def fresh(
         self, source: ModelSource, which: Sequence[int], part: slice = slice(None)
@@ -122,13 +124,6 @@ class Bench:
                 self._experts[i] = (reference(model, task.kind, task.rows.items), head)
         return self._experts[i]
 
-    def _kept(self, source: ModelSource, i: int) -> Scores:
-        key = self._key(source, i)
-        if (found := _read_scores(key)) is None:
-            (found,) = self.fresh(source, [i])
-            _write_scores(key, found)
-        return found
-
     def identity(self, source: ModelSource) -> str:
         """sha256 of a model's weights and settings, computed once."""
         if source.path not in self._identities:
@@ -139,12 +134,3 @@ class Bench:
         task = self.asked[i]
         return address([FORMAT, self.identity(source), self.identity(task.source), task.kind,
                         task.rows.digest, str(self.resources.device.type)])
-
-
-def _read_scores(key: str) -> Scores | None:
-    kept = read_kept(key)
-    return None if kept is None else arrays([kept])[0]
-
-
-def _write_scores(key: str, scores: Scores) -> None:
-    write_kept(key, plain([scores])[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
@@ -36,9 +37,10 @@ def write_evaluation(
     except Exception as error:  # whatever a YAML parser has to say of a card's head
         raise PaveError(f"The metadata of {path} is broken ({error}); repair it.") from error
     everything = [*of_tasks, *([general] if general else [])]
-    others = [r for r in card.data.eval_results or [] if r.dataset_type != DATASET]
-    card.data.eval_results = others + [r for task in everything for r in _results(task)]
-    card.data.model_name = card.data.model_name or folder.resolve().name
+    data: Any = card.data  # its attributes are the keys of the card
+    others = [r for r in data.eval_results or [] if r.dataset_type != DATASET]
+    data.eval_results = others + [r for task in everything for r in _results(task)]
+    data.model_name = data.model_name or folder.resolve().name
     block = f"{BEGIN}\n{_section(of_tasks, general)}\n{END}"
     old = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if old.search(card.text):

@@ -8,14 +8,14 @@ found again in every run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from mergekit_pave.calibration.rows import Rows, SkipRow, open_rows, open_source
-from mergekit_pave.calibration.samples import _digest, _encoder
+from mergekit_pave.calibration.samples import digest_of, encoder_of
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import name_of
 from mergekit_pave.models.source import ModelSource
@@ -65,7 +65,7 @@ def held_out(
     first = spec.num_samples if drawn else 0
     rows, seen, found = _opened(source, spec, max_tokens), set(), []
     for index, item in _encoded(rows, source):
-        name = _digest(item)
+        name = digest_of(item)
         if first > 0:
             first -= 1
             seen.add(name)
@@ -108,10 +108,10 @@ def given(
                                                     source)):
             if number == calibrated.num_samples:
                 break
-            drawn.add(_digest(item))
+            drawn.add(digest_of(item))
     rows, found, overlap, seen = _opened(source, spec, max_tokens), [], 0, set()
     for index, item in _encoded(rows, source):
-        name = _digest(item)
+        name = digest_of(item)
         overlap += name in drawn
         if name not in seen:
             seen.add(name)
@@ -137,9 +137,7 @@ def _opened(source: ModelSource, spec: CalibrationSpec, max_tokens: int) -> Rows
 
 
 def _encoded(rows: Rows, source: ModelSource) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
-    encoder = _encoder(rows, source.tokenizer, source.config(), {
-        "revision": source.revision or "main", "trust_remote_code": source.trust_remote_code,
-        "cache_dir": source.cache_dir})
+    encoder = encoder_of(rows, source.tokenizer, source.config(), source.loading)
     for index, row in rows.draw():
         try:
             yield index, encoder(row)
@@ -153,7 +151,7 @@ def _made(
 ) -> HeldOut:
     items = tuple(item for _, item in found)
     labels = _labels(spec, [index for index, _ in found], source)
-    digests = "".join(map(_digest, items)) + repr(labels)
+    digests = "".join(map(digest_of, items)) + repr(labels)
     return HeldOut(items, labels, hashlib.sha256(digests.encode()).hexdigest(), origin)
 
 
@@ -168,12 +166,13 @@ def _labels(
     if column is None:
         return None
     config = source.config()
-    values = [_class(data[index][column], config.label2id) for index in indices]
-    known = all(value is not None and 0 <= value < config.num_labels for value in values)
-    return tuple(values) if known else None
+    numbers, classes = config.label2id or {}, range(config.num_labels or 0)
+    values = [_class(data[index][column], numbers) for index in indices]
+    known = tuple(value for value in values if value is not None and value in classes)
+    return known if len(known) == len(values) else None
 
 
-def _class(value: Any, numbers: dict[str, int]) -> int | None:
+def _class(value: Any, numbers: Mapping[str, Any]) -> int | None:
     if isinstance(value, str):
         return numbers.get(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,18 +1,11 @@
-"""Running a merge the stock way, into a folder that goes when it has been looked at."""
+"""Running a merge the stock way, for a look at it."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from mergekit import merge_methods
 
@@ -22,7 +15,6 @@ from mergekit_pave.recipe.parameters import PARAMETERS
 from mergekit_pave.recipe.reading import configuration
 
 SEED = 0
-_PREFIX = ".mergekit-pave-"
 
 
 def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, device: str) -> None:
@@ -71,27 +63,3 @@ def _known(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(raw.get("models"), list):
         result["models"] = [kept(m) if isinstance(m, dict) else m for m in raw["models"]]
     return result
-
-
-@contextmanager
-def working_folder(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` for merges that nobody keeps; those of killed processes go first.
-
-    Raises:
-        PaveError: the folder cannot be made.
-    """
-    ours = f"{_PREFIX}{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}-"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for left in parent.glob(f"{ours}*"):
-            number = left.name.removeprefix(ours).partition("-")[0]
-            if number.isdigit() and not psutil.pid_exists(int(number)):
-                shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{ours}{os.getpid()}-", dir=parent))
-    except OSError as error:
-        raise PaveError(f"Cannot write to {parent} ({error.strerror}); name another folder.") \
-            from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

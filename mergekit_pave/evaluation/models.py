@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from mergekit_pave.models.source import ModelSource
 class _As(ModelSource):
     """A model's weights, to be loaded by the class and with the labels of another."""
 
-    like: PretrainedConfig | None = None
+    like: PretrainedConfig = field(kw_only=True)
 
     def config(self) -> PretrainedConfig:
         own = copy.deepcopy(super().config())
@@ -50,8 +50,8 @@ def opened(
         head: weights of that expert's head, which replace its own.
     """
     if like is not None:
-        fields = {name: getattr(source, name) for name in ModelSource.__dataclass_fields__}
-        source = _As(**fields, like=like)
+        source = _As(**vars(source), like=like)
+    model: PreTrainedModel | None = None
     scratch = Path(tempfile.mkdtemp(prefix="mergekit-pave-"))
     try:
         with _no_bars():

@@ -19,7 +19,7 @@ from mergekit_pave.evaluation.kept import (
     read_kept,
     write_kept,
 )
-from mergekit_pave.evaluation.merging import merge_to, working_folder
+from mergekit_pave.evaluation.merging import merge_to
 from mergekit_pave.evaluation.scores import Scores
 from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_configuration, same_merge
 from mergekit_pave.evaluation.verdict import OfTask, as_dict, sentence, verdicts
@@ -27,6 +27,7 @@ from mergekit_pave.evaluation.writing import written
 from mergekit_pave.models.folder import check_finished
 from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.recipe.reading import configuration
+from mergekit_pave.storage.files import make_folder, scratch
 from mergekit_pave.storage.masks import FOLDER
 
 
@@ -133,7 +134,8 @@ def _result(bench: Bench, target: Target, options: LoaderOptions, length: int) -
     about = [length, FORMAT, target.raw, [task.rows.digest for task in bench.asked],
              [bench.identity(task.source) for task in bench.asked]]
     if (kept := read_kept(address(about))) is None:
-        with working_folder(evaluation_cache()) as folder:
+        make_folder(evaluation_cache())
+        with scratch(evaluation_cache()) as folder:
             merge_to(target.raw, folder / "merge", options, str(bench.resources.device))
             source = _source(bench, folder / "merge", target.name)
             scores = bench.fresh(source, range(len(bench.asked)))

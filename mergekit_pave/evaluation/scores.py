@@ -21,15 +21,17 @@ it where the vocabulary has no more than `TOP` tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_pave.calibration.collect import input_device
+from mergekit_pave.calibration.collect import forward, input_device
+from mergekit_pave.calibration.samples import stacked
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.layers import class_name
 
 Kind = Literal["language", "classifier", "encoder"]
 Item = dict[str, Tensor]
@@ -43,7 +45,7 @@ BATCH_TOKENS = 2048
 
 def kind_of(config: PretrainedConfig) -> Kind:
     """What kind of model the expert is, by the class in its config."""
-    name = (getattr(config, "architectures", None) or [""])[0]
+    name = class_name(config)
     if "SequenceClassification" in name or "ImageClassification" in name:
         return "classifier"
     if any(part in name for part in ("CausalLM", "LMHead", "ConditionalGeneration")):
@@ -109,36 +111,13 @@ def _outputs(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Row numbers of a batch, with logits or last hidden states, float32 on the CPU."""
     device = input_device(model)
-    network = model.base_model if kind == "encoder" else model
-    for indices in _batches(items):
-        names = items[indices[0]]
-        inputs = {name: torch.stack([items[i][name] for i in indices]) for name in names}
-        inputs = {
-            name: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
-            for name, value in inputs.items()}
-        if "input_ids" in inputs:
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            if getattr(model.config, "use_cache", None) is not None:
-                inputs["use_cache"] = False
-        with torch.inference_mode():
-            output = network(**inputs)
+    network: Any = model.base_model if kind == "encoder" else model
+    for indices, batch in stacked(items, lambda size: max(1, min(32, BATCH_TOKENS // size))):
+        output = forward(network, batch, device, logits=True)
         wanted = output.last_hidden_state if kind == "encoder" else output.logits
         if kind == "encoder" and wanted.ndim == 4:  # a convolutional network's (rows, c, h, w)
             wanted = wanted.flatten(2).mT
         yield indices, wanted.float().cpu()
-
-
-def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
-    """Row numbers in batches of equal shape: nothing is padded."""
-    groups: dict[tuple, list[int]] = {}
-    for i, item in enumerate(items):
-        shape = tuple(sorted((name, tuple(value.shape)) for name, value in item.items()))
-        groups.setdefault(shape, []).append(i)
-    for shape in sorted(groups):
-        size = max(torch.Size(part[1]).numel() for part in shape)
-        step = max(1, min(32, BATCH_TOKENS // size))
-        for start in range(0, len(groups[shape]), step):
-            yield groups[shape][start : start + step]
 
 
 def _targets(item: Item) -> Tensor:

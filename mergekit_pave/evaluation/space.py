@@ -118,7 +118,7 @@ def space_of(raw: Raw, method: str | None = None) -> Space:
     own = raw.get("merge_method")
     if not raw.get("models"):
         raise PaveError("tune needs a configuration with `models`; slices are not searched.")
-    name = method or own
+    name = method or str(own)
     try:
         found = merge_methods.get(name)
     except (KeyError, RuntimeError, ValueError) as error:

@@ -10,8 +10,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.bench import Bench
@@ -39,6 +42,11 @@ class Budget:
     seconds: float | None = None
     spent: int = 0
     begun: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        limits = [f"{self.merges} merges"] if self.merges is not None else []
+        limits += [f"{self.seconds / 60:g} minutes"] if self.seconds is not None else []
+        return " and ".join(limits)
 
     def allows(self, merges: int) -> bool:
         """Whether so many further merges may be made."""
@@ -117,33 +125,31 @@ class Tuner:
         Returns:
             The best candidate of the method; `None` where the budget allows none.
         """
-        own = len(self.trials)
+        own, key_of_strength = len(self.trials), space.strength
 
-        def value(values: Values) -> float | None:
+        def look(values: Values, strength: float | None) -> float | None:
+            if key_of_strength is not None and strength is not None:
+                values = {**values, key_of_strength: strength}
             trial = self._trial(space, values, budget)
             return None if trial is None else trial.value
 
-        def strengths(values: Values, centre: float, given: float | None, points: int) -> None:
-            if space.strength is None:
-                value(values)
-                return
-            line(lambda s: value({**values, space.strength: s}), centre, given, points)
-
         first = {k: v for k, v in space.present.items() if v is not None}
-        # One merge serves a whole line of strengths, or every point of it costs one.
-        strengths(first, space.centre, space.start, 4 if space.affine else 3)
+        if space.centre is None:
+            look(first, None)
+        else:
+            # One merge serves a whole line of strengths, or every point of it costs one.
+            points = 4 if space.affine else 3
+            line(partial(look, first), space.centre, space.start, points)
         for key, grid in space.second.items():
             for candidate in grid[1:]:
                 if (best := _best(self.trials[own:])) is None:
                     return None
                 values = {**best.values, key: candidate}
-                at = values.pop(space.strength, None) if space.strength else None
-                if space.strength is None:
-                    value(values)
-                elif space.affine:
-                    line(lambda s, v=values: value({**v, space.strength: s}), at, None, 1)
+                at = values.pop(key_of_strength, None) if key_of_strength else None
+                if space.affine and at is not None:
+                    line(partial(look, values), at, None, 1)
                 else:
-                    value({**values, space.strength: at})
+                    look(values, at)
         self._forget()
         return _best(self.trials[own:])
 
@@ -167,8 +173,8 @@ class Tuner:
 
     def _about(self) -> list[Any]:
         bench = self.bench
-        return [[bench.identity(task.source), task.rows.digest] for task in bench.tasks] + [
-            bench.identity(bench.base)]
+        tasks: list[Any] = [[bench.identity(t.source), t.rows.digest] for t in bench.tasks]
+        return tasks + [bench.identity(bench.base)] if bench.base else tasks
 
     def _value(self, scores: Sequence[Scores], stopped: bool) -> float:
         if not stopped or not self.trials:
@@ -202,7 +208,7 @@ class Tuner:
             folder = self.folder / "strength"
             shutil.rmtree(folder, ignore_errors=True)
             try:
-                at_strength(*merges, values["lambda"], folder)
+                at_strength(merges[0], merges[1], values["lambda"], folder)
             except OSError as error:
                 raise PaveError(
                     f"A candidate cannot be written to {self.folder} ({error.strerror or error}); "
@@ -249,9 +255,7 @@ class Tuner:
             self._drop(folder)
 
 
-def _joined(first, rest):
-    import numpy as np
-
+def _joined(first: np.ndarray, rest: np.ndarray | None) -> np.ndarray:
     return first if rest is None else np.concatenate([first, rest])
 
 

@@ -13,7 +13,6 @@ import yaml
 
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
-from mergekit_pave.evaluation.merging import working_folder
 from mergekit_pave.evaluation.objective import objective
 from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_configuration
 from mergekit_pave.evaluation.space import Raw, Space, space_of
@@ -21,7 +20,7 @@ from mergekit_pave.evaluation.tune import Budget, Trial, Tuner, gain
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.inputs import inputs
 from mergekit_pave.recipe.reading import configuration
-from mergekit_pave.storage.files import write_atomically
+from mergekit_pave.storage.files import make_folder, scratch, write_text
 
 DEFAULT_BUDGET = "10"
 
@@ -74,7 +73,7 @@ def tune(
     raw = read_configuration(Path(config)) if isinstance(config, (str, Path)) else config
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     out = Path(out)
-    spaces = [space_of(raw, name) for name in (methods or [raw.get("merge_method")])]
+    spaces = [space_of(raw, name) for name in methods] or [space_of(raw)]
     _refuse_small(budget, spaces)
     draws = any(e.calibrated for s in spaces for e in inputs(configuration(s.raw)))
     # The given configuration names the data, whatever method is looked at.
@@ -82,7 +81,8 @@ def tune(
                      resources, quiet=True)
     _say_cost(bench, spaces, budget, out, say)
     aim = objective(bench)
-    with working_folder(out.absolute().parent) as folder:
+    make_folder(out.absolute().parent)
+    with scratch(out.absolute().parent) as folder:
         tuner, found = Tuner(bench, aim, folder, options, say), {}
         for i, space in enumerate(spaces):
             share = budget.share(len(spaces) - i)
@@ -93,8 +93,7 @@ def tune(
         raise PaveError("The budget was spent before a single merge was scored; raise --budget.")
     best = tuner.best
     text = _header(tuner, best, found) + yaml.safe_dump(best.raw, sort_keys=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lambda path: path.write_text(text, "utf-8"))
+    write_text(out, text)
     return Tuned(best, found, tuner, text)
 
 
@@ -117,9 +116,7 @@ def _say_cost(bench, spaces: Sequence[Space], budget: Budget, out: Path, say) ->
     size = size or sum(
         f.stat().st_size for f in Path(bench.tasks[0].source.path).glob("*.bin"))
     copies = 3 if any(space.affine for space in spaces) else 1
-    limit = (f"{budget.merges} merges" if budget.merges is not None
-             else f"{budget.seconds / 60:g} minutes")
-    say(f"Tuning {', '.join(space.method for space in spaces)} within {limit}; a candidate is "
+    say(f"Tuning {', '.join(space.method for space in spaces)} within {budget}; a candidate is "
         f"scored on {rows} held-out rows ({tokens:,} tokens) of {len(bench.tasks)} models; "
         f"{copies * size / 1e9:.1f} GB of disk are used beside {out.name} meanwhile.")
     parent = next(p for p in out.absolute().parents if p.exists())

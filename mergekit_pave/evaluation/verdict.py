@@ -54,14 +54,16 @@ class OfTask:
 
         `(base - merge) / (base - expert)` of the means of the score that `measure` names.
         """
-        return None if self.measure is None else kept(
-            self.measure, self.expert, self.base, self.merge)
+        name = self.measure
+        if name is None or self.base is None:
+            return None
+        return kept(name, self.expert, self.base, self.merge)
 
     @property
     def worse(self) -> Interval:
         """By what share the merge's primary score is above the base's; for rows of no task."""
         name = measures(self.kind)[0]
-        if self.kind == "language":
+        if self.kind == "language" and self.base is not None:
             return interval(lambda m, b: m / b - 1, [self.merge[name], self.base[name]])
         # Of an encoder or classifier the base is its own expert there, at distance 0.
         return interval(lambda m: m, [self.merge[name]])
@@ -83,7 +85,7 @@ def kept(name: str, expert: Scores, base: Scores, merge: Scores) -> Interval:
 
 def verdicts(bench: Bench, merge: Sequence[Scores]) -> list[OfTask]:
     """One for each task of the bench, the general rows last."""
-    bases = bench.bases() or [None] * len(bench.asked)
+    bases: Sequence[Scores | None] = bench.bases() or [None] * len(bench.asked)
     return [
         OfTask(task.label, task.kind, len(task.rows.items), task.rows.origin, expert, base, scores)
         for task, expert, base, scores in zip(
@@ -174,7 +176,9 @@ def as_dict(of_tasks: Sequence[OfTask], general: OfTask | None) -> dict[str, Any
 
 def _task(task: OfTask) -> dict[str, Any]:
     def means(scores: Scores | None) -> dict[str, float] | None:
-        return scores and {name: float(values.mean()) for name, values in scores.items()}
+        if scores is None:
+            return None
+        return {name: float(values.mean()) for name, values in scores.items()}
 
     return {
         "model": task.label, "kind": task.kind, "rows": task.rows, "data": task.origin,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -26,17 +27,15 @@ def written(bench: Bench, source: ModelSource, length: int) -> Iterator[tuple[st
     if not tasks or length < 1:
         return
     with opened(source, bench.resources) as model:
+        writer: Any = model  # its type hides `generate`
         model.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=length, use_cache=True,
             pad_token_id=getattr(model.config.get_text_config(), "eos_token_id", None))
         for task in tasks:
-            tokenizer = load_tokenizer(task.source.tokenizer, {
-                "revision": task.source.revision or "main",
-                "trust_remote_code": task.source.trust_remote_code,
-                "cache_dir": task.source.cache_dir})
+            tokenizer = load_tokenizer(task.source.tokenizer, task.source.loading)
             row = task.rows.items[0]["input_ids"]
             start = row[: max(1, min(PROMPT_TOKENS, len(row) // 2))]
             ids = start[None].to(input_device(model))
             with torch.inference_mode():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids))
+                out = writer.generate(ids, attention_mask=torch.ones_like(ids))
             yield task.label, tokenizer.decode(start), tokenizer.decode(out[0, len(start):])

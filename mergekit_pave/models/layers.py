@@ -95,13 +95,18 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def class_name(config: PretrainedConfig) -> str:
+    """The class that a checkpoint's config names; empty where it names none."""
+    return next(iter(getattr(config, "architectures", None) or ()), "")
+
+
 def model_class(config: PretrainedConfig) -> Any:
     """The class named in the checkpoint's config, as mergekit would choose it."""
-    architectures = getattr(config, "architectures", None) or []
-    if not architectures:
+    name = class_name(config)
+    if not name:
         return transformers.AutoModel
-    own = getattr(transformers, architectures[0], None)
-    return own if own is not None else get_auto_cls(architectures[0])
+    own = getattr(transformers, name, None)
+    return own if own is not None else get_auto_cls(name)
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from mergekit.options import MergeOptions
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.architecture import by_names
 from mergekit_pave.models.checkpoint import Checkpoint, checkpoint, fetched
-from mergekit_pave.models.layers import BUILDING
+from mergekit_pave.models.layers import BUILDING, class_name
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.storage.identity import same_layer
 
@@ -206,7 +206,7 @@ def _notes(
         first = tried[0][1]
         unfit = {name for _, name in first.lost} or {name for _, name in first.absent}
         notes.append(
-            f"mergekit's definition of {(base.config.architectures or ['?'])[0]} does not fit "
+            f"mergekit's definition of {class_name(base.config)} does not fit "
             f"{len(unfit)} tensors of these checkpoints (such as {min(unfit)}); the merge is "
             "planned by the checkpoints' own names."
         )
@@ -229,7 +229,7 @@ def _refusal(base: Checkpoint, found: Comparison, checkpoints: Iterable[Checkpoi
     item = next((c for c, _ in faults if c is not base), faults[0][0])
     names = [name for c, name in faults if c is item]
     other = base if item is not base else next((c for c in checkpoints if c is not base), base)
-    kinds = [(c.config.architectures or ["?"])[0] for c in (item, base)]
+    kinds = [class_name(c.config) for c in (item, base)]
     there = next(((n, o) for n in names for o in other.headers
                   if o not in item.headers and o != n and same_layer(n, o)), None)
     text = f"mergekit would leave {len(names)} weights of {item.label} out of the merge"

@@ -167,6 +167,12 @@ class ModelSource:
     trust_remote_code: bool = False
     cache_dir: str | None = None
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How transformers finds the tokenizer or processor."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code,
+                "cache_dir": self.cache_dir}
+
     def config(self) -> PretrainedConfig:
         return transformers.AutoConfig.from_pretrained(
             self.path, trust_remote_code=self.trust_remote_code

@@ -1,6 +1,7 @@
 """Mends for defects of mergekit 0.1.5, and the three places where our merges reach into it.
 
-A mend only turns a crash into what was meant, and does nothing once mergekit is mended.
+A mend only turns a crash into what was meant, and does nothing once mergekit is mended. Modules and
+classes of mergekit are `Any` here: they get other attributes than their types have.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.merge_methods import MergeMethod, registry
@@ -28,7 +29,7 @@ class _Aliases(tuple):
         return [*other, *self]
 
 
-def mend_cards(card: ModuleType) -> None:
+def mend_cards(card: Any) -> None:
     """Let `mergekit.card` take a folder that exists for one where the Hub cannot be reached.
 
     It asks the Hub about local models such as `experts/math`, after all weights are written, and
@@ -48,7 +49,7 @@ def mend_cards(card: ModuleType) -> None:
     card.is_hf = is_hf
 
 
-def mend_optional_aliases(plan: ModuleType) -> None:
+def mend_optional_aliases(plan: Any) -> None:
     """Let `mergekit.plan` plan optional weights with aliases, as all of BERT's are.
 
     `plan_tensor` adds the tuple `aliases` to a list, a TypeError.
@@ -67,7 +68,7 @@ def mend_optional_aliases(plan: ModuleType) -> None:
     plan.MergePlanner.plan_tensor = plan_tensor
 
 
-def mend_merged_copies(common: ModuleType) -> None:
+def mend_merged_copies(common: Any) -> None:
     """Let `mergekit.common` keep merged copies of adapters by what they are made of.
 
     It finds them by paths alone, so that an adapter which was trained further gives an earlier
@@ -95,7 +96,7 @@ def mend_merged_copies(common: ModuleType) -> None:
     reference.merged = merged
 
 
-def mend_dtype(merge: ModuleType) -> None:
+def mend_dtype(merge: Any) -> None:
     """Keep transformers from telling users of the word `torch_dtype`, which `mergekit.merge` uses.
 
     Every merge would otherwise begin with a warning that no user can do anything about.
@@ -138,7 +139,7 @@ class _DoneWhenEmpty(threading.Event):
         return super().is_set() and self._waiting.empty()
 
 
-def mend_lost_results(executor: type) -> None:
+def mend_lost_results(executor: Any) -> None:
     """Let `--multi-gpu` collect every result of its workers.
 
     The thread that collects them ends as soon as the workers have, whatever is still in its queue:
@@ -154,7 +155,7 @@ def mend_lost_results(executor: type) -> None:
     executor.__init__ = __init__
 
 
-def let_planner_ask(planner: type, method: Callable[[], MergeMethod | None]) -> None:
+def let_planner_ask(planner: Any, method: Callable[[], MergeMethod | None]) -> None:
     """Let a planner take the method that its merge has made ready, where there is one.
 
     mergekit looks the method up by its name in a registry that all merges of a process share.
@@ -176,7 +177,7 @@ def unregister(method: MergeMethod) -> None:
 
 
 def let_merges_know(
-    merge: ModuleType, architecture: Callable[[], ModelArchitecture | None]
+    merge: Any, architecture: Callable[[], ModelArchitecture | None]
 ) -> None:
     """Let `mergekit.merge` plan by the architecture that a merge has made ready, if it has.
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -49,7 +48,7 @@ _METHOD: ContextVar[StatefulMethod | None] = ContextVar("method", default=None)
 _ARCHITECTURE: ContextVar[ModelArchitecture | None] = ContextVar("architecture", default=None)
 
 
-def attach(module: ModuleType) -> None:
+def attach(module: Any) -> None:
     """Wrap `run_merge` of `mergekit.merge`, and the planner that it uses.
 
     mergekit has no place for a method to see the whole configuration. A merge that is started

@@ -67,10 +67,9 @@ def write_card(folder: Path | str) -> str:
             f"{folder} was merged with {config.merge_method}, which is no method of mergekit-pave: "
             "mergekit's own card says all there is."
         )
-    facts = record.read(folder)
-    known = facts is not None and facts["merge_method"] == config.merge_method
-    if not known:
-        facts = record.of_configuration(config)
+    found = record.read(folder)
+    known = found is not None and found["merge_method"] == config.merge_method
+    facts = found if found is not None and known else record.of_configuration(config)
     local = record.local_names(config, facts)
     clean_source = scrub.scrub_configuration(raw, local)
     card = _load(folder, scrub.scrub_card(card_text, raw, local))
@@ -120,7 +119,8 @@ def _load(folder: Path, text: str) -> ModelCard:
 
 
 def _complete_metadata(card: ModelCard, config: MergeConfiguration, facts: Mapping) -> None:
-    data, method = card.data, our_method(config.merge_method)
+    data: Any = card.data  # its attributes are the keys of the card
+    method = our_method(config.merge_method)
     tags = ["pave"] if purifies(method) else []
     tags += [name for name in [unwrapped(method).spec.name] if name in ABOUT]
     data.tags = _unique([*(data.tags or []), *TAGS, *tags])

@@ -97,7 +97,7 @@ def push_store(
 def _is_unedited(text: str, store: CovarianceStore) -> bool:
     """Whether a card is as an earlier upload wrote it, to another repository perhaps."""
     named = re.search(r"^ +covariance: (.+)$", text, re.MULTILINE)
-    return bool(named) and text == store_card(store, named[1])
+    return named is not None and text == store_card(store, named[1])
 
 
 def check_target(repo_id: str, token: str | None = None) -> str:

@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import paths_of, public_reference
 from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
@@ -46,16 +47,7 @@ _NO_DATA = {"dataset": DATA_FREE, "local": False}
 Ranks = Mapping[str, tuple[int, int]]
 
 
-class Kept(Protocol):
-    """What `Statistics` keeps of a merge, by model."""
-
-    counts: Mapping[str, set]
-    used: Mapping[Hashable, CovarianceStore]
-    ranks: Mapping[Hashable, Ranks]
-    data_free: Collection[Hashable]
-
-
-def of_merge(config: MergeConfiguration, kept: Kept) -> dict[str, Any]:
+def of_merge(config: MergeConfiguration, kept: MergeState) -> dict[str, Any]:
     """The record of a merge that has just ended."""
     models = []
     for model in dict.fromkeys(entry.model for entry in inputs(config)):

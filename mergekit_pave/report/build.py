@@ -24,7 +24,7 @@ FORMAT = 1
 
 def build(merge: Merge, sample: Sample, device: torch.device) -> dict[str, Any]:
     """Measure the sampled layers; the result is `report.json`, without a path in it."""
-    layers, sites = [], {}
+    layers, sites = [], dict[tuple[int, str], float]()
     for layer in tqdm(sample.layers, desc="Measuring layers", unit="weight"):
         layers.append(_layer(merge, layer, device, sites))
     report = {
@@ -71,7 +71,7 @@ def _layer(
     settings = layer.settings
     drops = allocation.allocate(
         [tail.normalised for tail in tails.values()],
-        layer.rank, settings.rank_ratio, settings.rank_allocation,
+        layer.rank, settings.kept_share, settings.rank_allocation,
     )
     bases = {n: tails[n].basis[:, :k] for n, k in zip(tails, drops, strict=True)}
     for (number, row), dropped in zip(rows.items(), drops, strict=True):
@@ -92,7 +92,7 @@ def _member(
     settings = layer.settings
     weight = wide(merge.weight(layer, number).to(covariance.device))
     damped = subspace.damped(covariance, **settings.damping)
-    count = allocation.cap(layer.rank, settings.rank_ratio)
+    count = allocation.cap(layer.rank, settings.kept_share)
     plain = subspace.tail(weight, None, count, subspace="svd")
     seed = zlib.crc32(layer.own[number][1].encode())
     tail = subspace.tail(weight, damped, count, subspace=settings.subspace, seed=seed)
@@ -246,9 +246,9 @@ def _pairs(report: Mapping[str, Any], key: str) -> dict[str, Any]:
         chances.append(_chance(layer, key))
     matrix = [[mean(seen[i, j]) if (i, j) in seen else None for j in range(count)]
               for i in range(count)]
-    pairs = {(i, j): matrix[i][j] for i in range(count) for j in range(i)
-             if matrix[i][j] is not None}
-    closest = max(pairs, key=pairs.get) if pairs else None
+    pairs = {(i, j): value for i in range(count) for j in range(i)
+             if (value := matrix[i][j]) is not None}
+    closest = max(pairs, key=pairs.__getitem__) if pairs else None
     return {"matrix": matrix, "chance": mean(chances) if chances else None,
             "pair": sorted(closest) if closest else None,
             "most": pairs[closest] if closest else None}

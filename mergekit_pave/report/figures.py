@@ -10,11 +10,14 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from math import nan
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report.build import TOKENS_PER_DIMENSION
@@ -34,7 +37,7 @@ MOST_LINES = 8
 # What is smaller is rounding, not signal.
 FLOOR = 1e-9
 STRONG, WEAK, MUTED = "#0868ac", "#c9510c", "#5d6675"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "mergekit-pave",
     "text.parse_math": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#dfe3e8",
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
@@ -172,15 +175,19 @@ def _energy(report: Report) -> Figure:
             ("energy_removed", "as dropped by this merge", STRONG, ".-"),
             ("energy_removed_svd", "same number dropped by plain SVD", WEAK, "--"),
         ):
-            matrix, blocks = grid(report, layers, lambda row, _, key=key: row[key])
+            matrix, blocks = grid(report, layers, partial(_entry, key))
             lines = [[100 * v if v and v > 0 else nan for v in line] for line in matrix]
             _curves(axes, range(len(blocks)), lines, label, colour, style)
             _blocks(axes, blocks)
         # A merge close to its plain method may drop nothing, which leaves the panels empty.
-        if any(v > 0 for line in axes.lines for v in line.get_ydata()):
+        if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
             axes.set_yscale("log")
         axes.set_ylabel("output energy removed (%)")
     return _finish(figure, panels)
+
+
+def _entry(key: str, row: Row, layer: Row) -> float:
+    return row[key]
 
 
 def _interference(report: Report) -> Figure:

@@ -69,7 +69,7 @@ class Layer:
     name: str
     block: int | None
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     settings: Purification
     own: dict[int, tuple[str, str]] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / "report.json", text)
     for name, figure in tqdm(made.items(), desc="Drawing", unit="figure", leave=False):
         target = folder / "figures" / f"{name}.png"
-        write_atomically(target, lambda path, figure=figure: png(figure, path))
+        write_atomically(target, partial(png, figure))
     write_text(folder / "report.html", page)
 
 

@@ -222,7 +222,7 @@ def _resolve(entry: Input, key: str, tensor: str, t: float) -> Any:
 
 def settings_summary(layers: Sequence[Layer]) -> Mapping[str, Any]:
     """The settings that occur, for the page: `rank_ratio` as a range, the rest as names."""
-    ratios = [layer.settings.rank_ratio for layer in layers]
+    ratios = [layer.settings.kept_share for layer in layers]
     first = layers[0].settings
     return {
         "rank_ratio": [min(ratios), max(ratios)],

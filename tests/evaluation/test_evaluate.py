@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers import recipe, write_texts
 
 from mergekit_pave.calibration.load import Resources
-from mergekit_pave.calibration.samples import _digest, load_samples
+from mergekit_pave.calibration.samples import digest_of, load_samples
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.bench import Bench
@@ -45,12 +45,12 @@ def test_held_out_rows_are_those_that_calibration_does_not_draw(families, texts)
     spec = CalibrationSpec(str(texts[0]), num_samples=20)
     drawn = load_samples(spec, path, transformers.AutoConfig.from_pretrained(path))
     rows = held_out(_source(path), spec, 100, 64)
-    names = {_digest(item) for item in rows.items}
+    names = {digest_of(item) for item in rows.items}
     assert len(names) == 40
-    assert not names & {_digest(item) for item in drawn.items}
+    assert not names & {digest_of(item) for item in drawn.items}
     assert rows.digest == held_out(_source(path), spec, 100, 64).digest
     free = held_out(_source(path), spec, 100, 64, drawn=False)
-    assert {_digest(item) for item in free.items} == names | {_digest(i) for i in drawn.items}
+    assert {digest_of(item) for item in free.items} == names | {digest_of(i) for i in drawn.items}
 
 
 def test_language_scores_are_those_of_float64(families, texts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections import namedtuple
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation import tuned as module
-from mergekit_pave.evaluation.merging import merge_to, working_folder
+from mergekit_pave.evaluation.merging import merge_to
 from mergekit_pave.evaluation.run import evaluate
 from mergekit_pave.evaluation.search import line, peak
 from mergekit_pave.evaluation.setup import RowOptions
@@ -222,12 +221,3 @@ def test_the_configuration_itself_is_not_overwritten(families, texts, tmp_path):
     result = CliRunner().invoke(main, ["tune", str(config), "-o", str(config)])
     assert result.exit_code == 1 and "is the configuration itself" in result.output
     assert config.read_text() == text
-
-
-def test_what_a_killed_search_has_left_goes(tmp_path):
-    with working_folder(tmp_path) as alive:
-        dead = alive.with_name(alive.name.replace(f"-{os.getpid()}-", "-999999999-"))
-        dead.mkdir()
-        with working_folder(tmp_path) as other:
-            assert other != alive and alive.exists() and not dead.exists()
-    assert list(tmp_path.iterdir()) == []
