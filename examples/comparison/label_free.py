@@ -39,7 +39,7 @@ from mergekit_pave.evaluation.setup import RowOptions, bench_of  # noqa: E402
 from mergekit_pave.evaluation.strengths import at_strength  # noqa: E402
 from mergekit_pave.models.source import LoaderOptions, ModelSource  # noqa: E402
 from mergekit_pave.plugin import register  # noqa: E402
-from mergekit_pave.recipe import reading  # noqa: E402
+from mergekit_pave.recipe.recipe import Recipe  # noqa: E402
 
 LIST = ("task_arithmetic", "ties", "tsv_m", "tsv_regmean", "regmean",
         "pave_task_arithmetic (separate)")
@@ -81,9 +81,9 @@ class Lab:
     def bench(self) -> tuple[Bench, Objective]:
         """Held-out rows are the same for all methods: those behind what calibration draws."""
         method = next(m for m in METHODS if m.name == "tsv_regmean")
-        config = reading.configuration(configuration(method, self.place))
+        recipe = Recipe.of(configuration(method, self.place))
         bench = bench_of(
-            config, RowOptions(rows=self.rows), LoaderOptions(), Resources(), quiet=True)
+            recipe, RowOptions(rows=self.rows), LoaderOptions(), Resources(), quiet=True)
         return bench, objective(bench)
 
     def run(self, names: tuple[str, ...], finished: bool = False) -> Iterator[dict]:

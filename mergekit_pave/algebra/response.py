@@ -2,7 +2,7 @@
 
 `D_t` (out, in) is the task vector of a linear layer on task `t = 1 ... T`, `C_t` (in, in) the
 second moment of its inputs there, up to one factor that all tasks share. Without data
-`C_t = D_t^T D_t` (`estimated`): gradient descent changes a weight by sums of (output gradient) x
+`C_t = D_t^T D_t`: gradient descent changes a weight by sums of (output gradient) x
 (input), so the rows of `D_t` are weighted sums of the inputs.
 
 **Strength.** On its own inputs a task vector changes the outputs by `E |D_t x_t|^2 =
@@ -66,12 +66,6 @@ class Solved(NamedTuple):
     delta: Tensor
     moment: Tensor
     answer: float
-
-
-def estimated(delta: Tensor) -> Tensor:
-    """`D^T D` (in, in) float64 of a task vector (out, in)."""
-    d = double(delta)
-    return d.mT @ d
 
 
 def toward(

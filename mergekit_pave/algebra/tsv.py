@@ -167,16 +167,3 @@ def interference(parts: Sequence[Factors]) -> tuple[float, float]:
     eye = torch.eye(len(s), dtype=u.dtype, device=u.device)
     value = ((u.mT @ u - eye) * s @ (v.mT @ v - eye)).abs().sum().item()
     return value, value / max(s.sum().item(), torch.finfo(s.dtype).tiny)
-
-
-def singular_task_interference(
-    deltas: Sequence[Tensor], rank_fraction: float | None = None
-) -> float:
-    """`|(U^T U - I) S (V^T V - I)|_1` of the deltas (out, in) of several tasks.
-
-    Args:
-        deltas: fine-tuned weight minus base, one per task.
-        rank_fraction: of `R` that is looked at in each; one over the number of tasks without it.
-    """
-    parts = [factors(d, kept_rank(d.shape, len(deltas), rank_fraction)) for d in deltas]
-    return interference(parts)[0]

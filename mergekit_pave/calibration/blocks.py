@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mergekit_pave.calibration.collect import Batch, Stop, forward
-from mergekit_pave.calibration.observed import first_of, marks_of, observed
+from mergekit_pave.calibration.observed import first_of, marks_of
 from mergekit_pave.calibration.states import States
 
 
@@ -39,15 +38,13 @@ class Walk:
         blocks: names of its blocks in the order of their calls, from `observed`.
         batches: inputs of its forward passes.
         states: keeps what lies between the blocks.
-        call: one forward pass of the model on a batch.
     """
 
     def __init__(
         self, model: PreTrainedModel, blocks: Sequence[str], batches: Sequence[Batch],
-        states: States, call: Callable[[PreTrainedModel, Batch], Any] = forward,
+        states: States,
     ):
         self.model = model
-        self.call = call
         self.blocks = tuple(blocks)
         self.batches = list(batches)
         self.states = states
@@ -113,7 +110,7 @@ class Walk:
         """
         self._block, self._number, self._keep, self._calls = block, number, keep, {}
         self._output = self._given = None
-        return self.call(self.model, self.batches[number])
+        return forward(self.model, self.batches[number])
 
     def agrees(self, marks: Sequence[Sequence[Tensor]]) -> bool:
         """Whether the last run came to what an ordinary pass over the same batch met there."""
@@ -168,46 +165,6 @@ class Walk:
             # Until it is released the hook leaves the weights where they are.
             hook.offload = False
             self._held.append(module)
-
-
-def outputs(
-    model: PreTrainedModel, batches: Sequence[Batch], scratch: Path, room: int
-) -> Iterator[Any]:
-    """The model's outputs, batch by batch, with every weight read once for all of them.
-
-    A first pass over one row of the first batch finds the blocks and is compared with. A model
-    without blocks, or one that goes its own way between them, runs as a whole for each batch.
-
-    Args:
-        model: perhaps larger than memory, its weights offloaded by accelerate.
-        batches: inputs of its forward passes.
-        scratch: folder for states beyond `room` bytes of main memory.
-        room: bytes of states in main memory.
-    """
-    call = partial(forward, logits=True)
-    probe = {name: value[:1] for name, value in batches[0].items()}
-    with observed(model, {}) as seen:
-        call(model, probe)
-    if seen.blocks:
-        walk = Walk(model, seen.blocks, [probe, *batches], States(room, scratch), call)
-        with walk.walking():
-            if all(_advance(walk, block, seen.marks) for block in range(len(seen.blocks))):
-                with walk.at(len(seen.blocks)):
-                    for number in range(1, len(walk.batches)):
-                        yield walk.run(len(seen.blocks), number, False)
-                return
-    for batch in batches:
-        yield call(model, batch)
-
-
-def _advance(walk: Walk, block: int, marks: Sequence[Sequence[Tensor]]) -> bool:
-    with walk.at(block):
-        walk.run(block, 0, True)
-        if not walk.agrees(marks):
-            return False
-        for number in range(1, len(walk.batches)):
-            walk.run(block, number, True)
-    return True
 
 
 def _hook(module: nn.Module) -> Any:

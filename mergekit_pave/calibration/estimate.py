@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from mergekit_pave.calibration.limits import length_limit, main_input
 from mergekit_pave.calibration.rows import open_rows
 from mergekit_pave.models.layers import empty_model, linear_layers
 from mergekit_pave.models.source import LoaderOptions, read_config
-from mergekit_pave.recipe.inputs import calibration_spec, inputs
+from mergekit_pave.recipe.inputs import calibration_spec
 from mergekit_pave.recipe.parameters import CalibrationSpec
-from mergekit_pave.recipe.reading import configuration
+from mergekit_pave.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,9 @@ def _quiet_fakes() -> Iterator[None]:
         fakes.disabled = before
 
 
-def estimates(raw: Any, options: LoaderOptions) -> Iterator[str]:
+def estimates(recipe: Recipe, options: LoaderOptions) -> Iterator[str]:
     """One line per model to calibrate: covariances, memory, disk, tokens."""
-    for entry in inputs(configuration(raw)):
+    for entry in recipe.inputs:
         if not entry.calibrated or entry.get("covariance"):
             continue
         config = read_config(entry.model, options)

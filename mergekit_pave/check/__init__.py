@@ -13,12 +13,11 @@ mergekit itself ignores unknown keys and reads lists as gradients over the layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
-
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 
 from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.keys import check_keys
@@ -28,23 +27,29 @@ from mergekit_pave.check.rules import check_inputs, check_output
 from mergekit_pave.check.settings import check_settings
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.recipe.reading import configuration, read_yaml
+from mergekit_pave.recipe.recipe import Recipe
 
 
 def check(
     raw: Any, options: LoaderOptions | None = None, allowed: Allowances | None = None
 ) -> list[Finding]:
     """All findings for a parsed YAML file; a later stage only runs when the earlier are clean."""
-    options, allowed = options or LoaderOptions(), allowed or Allowances()
+    read = functools.cache(partial(Recipe.of, raw))
+    return _findings(raw, read, options or LoaderOptions(), allowed or Allowances())
+
+
+def _findings(
+    raw: Any, read: Callable[[], Recipe], options: LoaderOptions, allowed: Allowances
+) -> list[Finding]:
     findings: list[Finding] = []
     stages = (
         lambda: check_keys(raw),
-        lambda: check_inputs(configuration(raw), options),
-        lambda: check_output(configuration(raw)),
-        lambda: check_models(configuration(raw), options, allowed),
-        lambda: check_planned(configuration(raw), options, allowed),
-        lambda: check_settings(configuration(raw), options),
-        lambda: check_data(configuration(raw), options),
+        lambda: check_inputs(read(), options),
+        lambda: check_output(read().config),
+        lambda: check_models(read(), options, allowed),
+        lambda: check_planned(read(), options, allowed),
+        lambda: check_settings(read(), options),
+        lambda: check_data(read(), options),
     )
     for stage in stages:
         try:
@@ -69,47 +74,21 @@ def _joined(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def preflight(
-    config: MergeConfiguration,
-    source: str | None,
-    options: LoaderOptions,
-    allowed: Allowances | None = None,
+    recipe: Recipe, options: LoaderOptions, allowed: Allowances | None = None
 ) -> list[str]:
     """Refuse a merge that cannot work; return the warnings that nothing later on gives.
 
     Args:
-        config: what will be merged.
-        source: the YAML it was read from, which still has the keys that mergekit dropped.
+        recipe: what will be merged.
         options: mergekit's loading options.
         allowed: mergekit's flags that lift a refusal.
 
     Raises:
         PaveError: the first error found.
     """
-    raw = _as_written(config, source)
-    findings = check(raw, options, allowed)
+    findings = _findings(recipe.raw, lambda: recipe, options, allowed or Allowances())
     errors = [str(f) for f in findings if f.level == "error"]
     if errors:
         more = f" ({len(errors) - 1} more: run `mergekit-pave check`)" if errors[1:] else ""
         raise PaveError(errors[0] + more)
     return [str(f) for f in findings if not f.said_again]
-
-
-def _as_written(config: MergeConfiguration, source: str | None) -> Any:
-    if source:
-        raw = read_yaml(source)
-        # A caller's source may be a mere label, and planning rewrites `config` in place.
-        try:
-            if configuration(raw) == config:
-                return raw
-        except PaveError:
-            pass
-    return _named(config.model_dump(exclude_none=True))
-
-
-def _named(value: Any) -> Any:
-    """`value` with models as strings: mergekit gives up on turning a path with a space into one."""
-    if isinstance(value, dict):
-        return {key: _named(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_named(item) for item in value]
-    return str(value) if isinstance(value, ModelReference) else value

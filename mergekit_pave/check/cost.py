@@ -13,14 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from mergekit_pave.models.layers import empty_model, linear_layers
 from mergekit_pave.models.source import LoaderOptions, read_config
-from mergekit_pave.recipe.reading import configuration
+from mergekit_pave.recipe.recipe import Recipe
 
 # Seconds of one core per parameter and per operation.
 RATES = {
@@ -55,9 +54,9 @@ def size_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Size:
         (dtype or torch.float32).itemsize)
 
 
-def costs(raw: Any, options: LoaderOptions) -> Iterator[str]:
+def costs(recipe: Recipe, options: LoaderOptions) -> Iterator[str]:
     """One line for a merge whose method was measured; none for others, and for slices."""
-    config = configuration(raw)
+    config = recipe.config
     method = config.merge_method
     if method not in RATES or not config.models:
         return

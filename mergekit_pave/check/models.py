@@ -23,7 +23,8 @@ from mergekit_pave.models.adapted import only_by_peft
 from mergekit_pave.models.layers import class_name
 from mergekit_pave.models.merged_copies import refuse_two
 from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
-from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
+from mergekit_pave.recipe.inputs import Input, calibration_spec
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.covariances import CovarianceStore
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -42,10 +43,11 @@ class Allowances:
 
 
 def check_models(
-    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances
+    recipe: Recipe, options: LoaderOptions, allowed: Allowances
 ) -> Iterator[Finding]:
     """Whether the fine-tunes have the base's architecture and shapes, from configs alone."""
-    for entry in inputs(config):
+    config = recipe.config
+    for entry in recipe.inputs:
         base = _mergeable(entry.base, options, "base_model")
         own = _mergeable(entry.model, options, entry.where)
         if entry.model.lora:
@@ -142,9 +144,9 @@ def _check_adapter(entry: Input) -> None:
         )
 
 
-def check_data(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
+def check_data(recipe: Recipe, options: LoaderOptions) -> Iterator[Finding]:
     """Whether every model's calibration data or store can be opened and fits."""
-    for entry in inputs(config):
+    for entry in recipe.inputs:
         if not entry.calibrated:
             continue
         try:

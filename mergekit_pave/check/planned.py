@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from mergekit.architecture.base import ModelArchitecture
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.models import Allowances
@@ -15,11 +14,11 @@ from mergekit_pave.models.adapters import unfit
 from mergekit_pave.models.checkpoint import Checkpoint, fetched, incomplete, read
 from mergekit_pave.models.planned import plan
 from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.recipe.inputs import inputs
+from mergekit_pave.recipe.recipe import Recipe
 
 
 def check_planned(
-    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances
+    recipe: Recipe, options: LoaderOptions, allowed: Allowances
 ) -> Iterator[Finding]:
     """Whether every file can be read and every tensor of every model is merged or named.
 
@@ -27,7 +26,7 @@ def check_planned(
     asks again (`architecture`) before it calibrates.
     """
     found: dict[ModelReference, Checkpoint] = {}
-    places = _places(config)
+    config, places = recipe.config, _places(recipe)
     for model, where in places.items():
         try:
             item = read(model, options)
@@ -56,24 +55,24 @@ def check_planned(
 
 
 def architecture(
-    config: MergeConfiguration, options: LoaderOptions, allowed: Allowances
+    recipe: Recipe, options: LoaderOptions, allowed: Allowances
 ) -> ModelArchitecture:
     """What mergekit shall merge, with every file of the models at hand or fetched.
 
     Raises:
         PaveError: the first error of `check_planned`.
     """
-    found = {model: fetched(model, options) for model in _places(config)}
+    found = {model: fetched(model, options) for model in _places(recipe)}
     for item in found.values():
         if fault := incomplete(item)[0]:
             raise PaveError(fault)
-    return plan(config, found, options, allowed.crimes).architecture
+    return plan(recipe.config, found, options, allowed.crimes).architecture
 
 
-def _places(config: MergeConfiguration) -> dict[ModelReference, str]:
+def _places(recipe: Recipe) -> dict[ModelReference, str]:
     """Every model, and where the YAML names it; the fine-tunes in their order."""
-    places = {entry.model: entry.where for entry in reversed(inputs(config))}
-    places = dict(reversed(places.items()))
+    places = {entry.model: entry.where for entry in reversed(recipe.inputs)}
+    config, places = recipe.config, dict(reversed(places.items()))
     if config.base_model:
         places[config.base_model] = "base_model"
     return places | {model: "" for model in config.referenced_models() if model not in places}

@@ -6,7 +6,6 @@ import importlib.resources
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from mergekit import merge_methods
 from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -14,40 +13,33 @@ from mergekit.merge_methods import MergeMethod
 
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.recipe.inputs import (
-    Input,
-    _entries,
-    _fine_tunes,
-    _groups,
-    inputs,
-    purifies,
-    unwrapped,
-)
+from mergekit_pave.recipe.inputs import Group, Input, purifies
 from mergekit_pave.recipe.parameters import DATA_FREE
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.recipe.spelling import suggestion
 
 
-def check_inputs(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
+def check_inputs(recipe: Recipe, options: LoaderOptions) -> Iterator[Finding]:
     """Everything about the inputs that needs no look at them."""
-    method = merge_methods.get(config.merge_method)
+    config = recipe.config
     if config.base_model and config.base_model.lora and not options.lora_merge_cache:
         yield error(
             "base_model", f"{config.base_model} names an adapter: add --lora-merge-cache DIR to "
             "the command, for the merged copy."
         )
-    for where, base, members in _groups(config):
-        yield from _check_group(where, base, [model for _, model, _ in members], method)
-        yield from _check_weights(where, list(_fine_tunes(base, members, method)))
-    yield from _check_scales(inputs(config))
+    for group in recipe.groups:
+        yield from _check_group(group, recipe.method)
+        yield from _check_weights(group.where, group.fine_tunes(recipe.method))
+    yield from _check_scales(recipe.inputs)
     said = set()
-    for entry in _entries(config):
+    for entry in recipe.entries:
         for finding in _check_entry(entry, options):
             # Slices repeat the models, and their faults.
             if (entry.model, finding.what) not in said:
                 said.add((entry.model, finding.what))
                 yield finding
-    if getattr(unwrapped(method), "masks", False):
-        yield from _check_emr(config)
+    if getattr(recipe.inner, "masks", False):
+        yield from _check_emr(recipe)
     yield from _check_slices(config)
 
 
@@ -75,9 +67,8 @@ def _check_entry(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
         )
 
 
-def _check_group(
-    where: str, base: ModelReference | None, models: list[ModelReference], method: MergeMethod
-) -> Iterator[Finding]:
+def _check_group(group: Group, method: MergeMethod) -> Iterator[Finding]:
+    where, base, models = group.where, group.base, [model for _, model, _ in group.members]
     if base is None:
         yield error(
             "base_model", "is missing: task vectors are differences from it; add "
@@ -127,16 +118,19 @@ def _check_weights(where: str, entries: Sequence[Input]) -> Iterator[Finding]:
         )
 
 
-def _check_emr(config: MergeConfiguration) -> Iterator[Finding]:
+def _check_emr(recipe: Recipe) -> Iterator[Finding]:
     """Its masks are told from one base, by one rescaler, whatever the slices."""
-    for where, base, _ in _groups(config):
+    config = recipe.config
+    for group in recipe.groups:
+        base = group.base
         if base not in (None, config.base_model):
-            mend = "" if config.base_model else f" and add `base_model: {base}` at the top level"
+            top = f" and add `base_model: {base}` at the top level"
+            mend = "" if config.base_model else top
             yield error(
-                where, f"{config.merge_method} needs one base for the whole model: remove the "
-                f"base_model of the slice{mend}."
+                group.where, f"{config.merge_method} needs one base for the whole model: remove "
+                f"the base_model of the slice{mend}."
             )
-    values = {value for entry in _entries(config) for value in entry.can_be("rescaler")}
+    values = {value for entry in recipe.entries for value in entry.can_be("rescaler")}
     if len(values) > 1:
         yield error(
             "parameters", "rescaler must be one value for the whole model: give it once, without "

@@ -21,7 +21,8 @@ from transformers.utils import cached_file
 from mergekit_pave.check.finding import Finding
 from mergekit_pave.models.layers import class_name
 from mergekit_pave.models.source import INCIDENTAL, LoaderOptions, read_config, tokenizer_of
-from mergekit_pave.recipe.inputs import inputs, unwrapped
+from mergekit_pave.recipe.inputs import unwrapped
+from mergekit_pave.recipe.recipe import Recipe
 
 # What changes no output of a trained model, is met as an error (shapes), or is compared below.
 _NO_MATTER = {
@@ -36,9 +37,9 @@ _MISSING = object()
 _ABOUT_FILE = {"_from_model_config", "transformers_version"}
 
 
-def check_settings(config: MergeConfiguration, options: LoaderOptions) -> Iterator[Finding]:
+def check_settings(recipe: Recipe, options: LoaderOptions) -> Iterator[Finding]:
     """Warnings about settings and habits of the fine-tunes that the merge will not have."""
-    entries = {entry.model: entry for entry in inputs(config)}
+    config, entries = recipe.config, {entry.model: entry for entry in recipe.inputs}
     for model, entry in entries.items():
         keeps_own = _keeps_own(entry.method)
         own, base = (read_config(m, options) for m in (model, entry.base))
@@ -51,7 +52,7 @@ def check_settings(config: MergeConfiguration, options: LoaderOptions) -> Iterat
             )
         if keeps_own and not (config.tokenizer or config.tokenizer_source):
             continue
-        donor = _donor(config)
+        donor = _donor(recipe)
         if model != donor and (habits := list(_habits(model, donor, config, options))):
             yield Finding(
                 "warning", entry.where, f"{model} has beside its weights what the merge does not "
@@ -106,12 +107,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _donor(config: MergeConfiguration) -> ModelReference:
+def _donor(recipe: Recipe) -> ModelReference:
     """Whose tokenizer and companions mergekit takes for the output."""
+    config = recipe.config
     source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
     if isinstance(source, ModelReference):
         return source
-    return config.base_model or config.referenced_models()[0]
+    return recipe.base
 
 
 def _habits(

@@ -7,45 +7,18 @@ from pathlib import Path
 
 import click
 
+from mergekit_pave.cli.options import (
+    device_option,
+    memory_option,
+    model_options,
+    row_options,
+    rows_and_general,
+)
 from mergekit_pave.errors import PaveError
 
-_SAME = "As you give it to mergekit-yaml."
-
-
-def _row_options(without: tuple[str, ...] = ()):
-    """Options that say which rows are scored, and where."""
-
-    def decorate(command):
-        for name, option in reversed(_OPTIONS.items()):
-            if name not in without:
-                command = option(command)
-        return command
-
-    return decorate
-
-
-_OPTIONS = {
-    "rows": click.option("--rows", default=64, show_default=True, type=click.IntRange(min=2),
-                         help="Held-out rows of each model, at most."),
-    "max_tokens": click.option("--max-tokens", default=256, show_default=True,
-                               type=click.IntRange(min=2), help="Tokens of a row, at most."),
-    "held_out": click.option(
-        "--held-out", multiple=True, metavar="DATA",
-        help="Rows of a model's task, a file or data set; once for each model, in their order. By "
-        "default rows of its calibration data that calibration does not draw."),
-    "split": click.option("--split", help="Split of each model's own data to take rows from."),
-    "general": click.option("--general", metavar="DATA",
-                            help="Rows of no task: what the merge damages."),
-    "base": click.option("--base", metavar="MODEL",
-                         help="The base model, where the merge names none."),
-    "device": click.option("--device", default="cpu", show_default=True,
-                           help="Where to compute: cpu, cuda, ..., or auto."),
-    "max_memory": click.option("--max-memory", help="Main memory for weights, such as 8GiB; the "
-                               "rest is read from the shards as it is needed."),
-    "lora_merge_cache": click.option("--lora-merge-cache", help=_SAME),
-    "transformers_cache": click.option("--transformers-cache", help=_SAME),
-    "trust_remote_code": click.option("--trust-remote-code", is_flag=True, help=_SAME),
-}
+_DEVICE = device_option("Where to compute")
+_MEMORY = memory_option("--max-memory", "Main memory for weights, such as 8GiB; the rest is read "
+                        "from the shards as it is needed.")
 
 
 @click.command("evaluate")
@@ -53,16 +26,17 @@ _OPTIONS = {
                 type=click.Path(exists=True, path_type=Path))
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="The merge's configuration, where the one in OUT has lost its local paths.")
-@_row_options()
+@rows_and_general
+@_DEVICE
+@_MEMORY
+@model_options
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path),
               help="Also write everything to this file.")
 @click.option("--card", is_flag=True, help="Also write it into OUT's model card, with metadata "
               "for the Hub.")
 @click.option("--write", "length", default=24, show_default=True, type=click.IntRange(min=0),
               help="Tokens that a language model writes for you to read.")
-def evaluate(merges, config, rows, max_tokens, held_out, split, general, base, device, max_memory,
-             lora_merge_cache, transformers_cache, trust_remote_code, json_file, card,
-             length) -> None:
+def evaluate(merges, config, rows, device, max_memory, options, json_file, card, length) -> None:
     """Say how much each expert's skill a merge keeps, without labels.
 
     OUT is the folder of a merge, or a configuration, which is then merged and thrown away;
@@ -79,14 +53,12 @@ def evaluate(merges, config, rows, max_tokens, held_out, split, general, base, d
     from mergekit_pave.plugin import register
 
     register()
+    from mergekit_pave.calibration.load import Resources
     from mergekit_pave.evaluation.run import evaluate as evaluate_merges
     from mergekit_pave.evaluation.verdict import printed, table
 
-    which, options, resources = _settings(
-        rows, max_tokens, held_out, split, general, base, device, max_memory, lora_merge_cache,
-        transformers_cache, trust_remote_code)
-    results = evaluate_merges(
-        merges, config, rows=which, options=options, resources=resources, length=length)
+    results = evaluate_merges(merges, config, rows=rows, options=options,
+                              resources=Resources(device, max_memory), length=length)
     click.echo(printed(table({r.name: r.everything for r in results})))
     for result in results:
         click.echo(f"\n{result.name}: {result.sentence}")
@@ -116,9 +88,11 @@ def evaluate(merges, config, rows, max_tokens, held_out, split, general, base, d
               help="Merges to make at most, or minutes to spend, such as 30m.")
 @click.option("--methods", metavar="A,B,C", help="Compare these methods, each with an equal share "
               "of the budget, and take the best.")
-@_row_options(without=("general",))
-def tune_command(config, output, budget, methods, rows, max_tokens, held_out, split, base, device,
-                 max_memory, lora_merge_cache, transformers_cache, trust_remote_code) -> None:
+@row_options
+@_DEVICE
+@_MEMORY
+@model_options
+def tune_command(config, output, budget, methods, rows, device, max_memory, options) -> None:
     """Find the strength of CONFIG's merge, and the parameters that matter, without labels.
 
     The strength (`lambda`, or `weight` where a method has none) comes first, then one or two
@@ -135,34 +109,19 @@ def tune_command(config, output, budget, methods, rows, max_tokens, held_out, sp
     from mergekit_pave.plugin import register
 
     register()
+    from mergekit_pave.calibration.load import Resources
     from mergekit_pave.evaluation.tuned import tune
 
-    which, options, resources = _settings(
-        rows, max_tokens, held_out, split, None, base, device, max_memory, lora_merge_cache,
-        transformers_cache, trust_remote_code)
     if output.resolve() == config.resolve():
         raise PaveError(f"{output} is the configuration itself; name another file for the result.")
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     try:
-        found = tune(config, output, budget, names, rows=which, options=options,
-                     resources=resources, say=click.echo)
+        found = tune(config, output, budget, names, rows=rows, options=options,
+                     resources=Resources(device, max_memory), say=click.echo)
     except KeyboardInterrupt:
         raise PaveError(
             "Interrupted: what is scored is kept; run the same command again to go on.") from None
     click.echo(f"{output}: " + found.text.splitlines()[1].removeprefix("# "))
-
-
-def _settings(rows, max_tokens, held_out, split, general, base, device, max_memory,
-              lora_merge_cache, transformers_cache, trust_remote_code, drawn=None):
-    from mergekit_pave.calibration.load import Resources, parse_bytes
-    from mergekit_pave.cli.options import device_of
-    from mergekit_pave.evaluation.setup import RowOptions
-    from mergekit_pave.models.source import LoaderOptions
-
-    wanted = RowOptions(rows, max_tokens, tuple(held_out), split, general, base, drawn)
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    resources = Resources(device_of(device), parse_bytes("--max-memory", max_memory))
-    return wanted, options, resources
 
 
 def _line(text: str) -> str:
@@ -170,7 +129,6 @@ def _line(text: str) -> str:
 
 
 def _write_json(path: Path, results) -> None:
-    from mergekit_pave.storage.files import write_atomically
+    from mergekit_pave.storage.files import write_text
 
-    text = json.dumps({r.name: r.as_dict() for r in results}, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, json.dumps({r.name: r.as_dict() for r in results}, indent=1) + "\n")

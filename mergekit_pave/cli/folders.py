@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mergekit_pave.algebra.choices import DTYPES, RESCALERS
+from mergekit_pave.cli.options import device_option, model_options
 from mergekit_pave.errors import PaveError
 
 # What computes is imported when a command runs: help texts need none of it.
@@ -27,8 +28,9 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
         mergekit-pave card OUT --push me/wizard-math-code
     """
     from mergekit_pave.plugin import register
-    from mergekit_pave.publish.card import CARD, write_card
+    from mergekit_pave.publish.card import write_card
     from mergekit_pave.publish.hub import push_merge
+    from mergekit_pave.publish.markdown import CARD
     from mergekit_pave.recipe.reading import CONFIGURATION
 
     if private and not push:
@@ -52,13 +54,9 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
               "number of fine-tunes when not given.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the singular vectors; each "
               "matrix's own when not given.")
-@click.option("--device", default="cpu", show_default=True, help="Where to decompose: cpu, cuda, "
-              "..., or auto for the accelerator that is there.")
-@click.option("--lora-merge-cache", help="Folder for the merged copy of MODEL+ADAPTER.")
-@click.option("--transformers-cache", help="Folder for downloads.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the models' repositories run code.")
-def compress_command(config, out, rank_fraction, dtype, device, lora_merge_cache,
-                     transformers_cache, trust_remote_code) -> None:
+@device_option("Where to decompose")
+@model_options
+def compress_command(config, out, rank_fraction, dtype, device, options) -> None:
     """Store the fine-tunes of CONFIG as low-rank differences from their base (TSV-Compress).
 
     CONFIG is a merge configuration; only its base_model and models matter. OUT/TASK gets the
@@ -75,19 +73,11 @@ def compress_command(config, out, rank_fraction, dtype, device, lora_merge_cache
         mergekit-pave compress merge.yml compressed
         mergekit-pave compress merge.yml compressed --rank-fraction 0.05
     """
-    from mergekit_pave.cli.options import device_of
-    from mergekit_pave.models.source import LoaderOptions
-    from mergekit_pave.recipe.reading import read_yaml
+    from mergekit_pave.recipe.recipe import read_raw
     from mergekit_pave.tasks.compress import compress
 
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    where = device_of(device)
-    try:
-        text = config.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PaveError(f"{config} is not text in UTF-8: {error.reason}.") from error
-    for summary in compress(read_yaml(text, str(config)), out, rank_fraction=rank_fraction,
-                            dtype=dtype, device=where, options=options):
+    for summary in compress(read_raw(config), out, rank_fraction=rank_fraction,
+                            dtype=dtype, device=device, options=options):
         click.echo(str(summary))
 
 
@@ -99,11 +89,8 @@ def compress_command(config, out, rank_fraction, dtype, device, lora_merge_cache
               "a local one that has moved, or is on another machine.")
 @click.option("--rescaler", type=click.Choice(RESCALERS), help="Weigh the tensors otherwise than "
               "the merge did: each alike, or by size.")
-@click.option("--lora-merge-cache", help="Folder for the merged copy of a base with an adapter.")
-@click.option("--transformers-cache", help="Folder for downloads.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the base's repository run code.")
-def materialize_command(merged, task, folder, base, rescaler, lora_merge_cache,
-                        transformers_cache, trust_remote_code) -> None:
+@model_options
+def materialize_command(merged, task, folder, base, rescaler, options) -> None:
     """Write the model of one TASK of an EMR merge to the folder DIR.
 
     OUT is what `merge_method: emr` or `pave_emr` wrote, a folder or a Hub id. TASK is one of the
@@ -116,10 +103,8 @@ def materialize_command(merged, task, folder, base, rescaler, lora_merge_cache,
         mergekit-pave materialize ./merged math-expert ./merged-math
         mergekit-pave materialize me/merged 0 ./merged-math --base ./base
     """
-    from mergekit_pave.models.source import LoaderOptions
     from mergekit_pave.tasks.emr import materialize
 
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     materialize(merged, task, folder, base=base, rescaler=rescaler, options=options)
     click.echo(f"{folder}: the model of {task}.")
 
@@ -149,11 +134,8 @@ def publish_command(store: str, repo_id: str, private: bool) -> None:
                 type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base model, needed where it is not on the Hub.")
-@click.option("--lora-merge-cache", help="Folder for the merged copy of a base with an adapter.")
-@click.option("--transformers-cache", help="Folder for downloads.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the base's repository run code.")
-def reconstruct_command(compressed, folder, base, lora_merge_cache, transformers_cache,
-                        trust_remote_code) -> None:
+@model_options
+def reconstruct_command(compressed, folder, base, options) -> None:
     """Write the model folder DIR from a compressed fine-tune and its base.
 
     OUT/TASK is a task's folder in what `compress` wrote. The base has to be the very one it was
@@ -164,9 +146,7 @@ def reconstruct_command(compressed, folder, base, lora_merge_cache, transformers
         mergekit-pave reconstruct compressed/math-expert ./math
         mergekit-pave reconstruct compressed/math-expert ./math --base ./base
     """
-    from mergekit_pave.models.source import LoaderOptions
     from mergekit_pave.tasks.reconstruct import reconstruct
 
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
     reconstruct(compressed, folder, base=base, options=options)
     click.echo(f"{folder}: reconstructed from {compressed}.")

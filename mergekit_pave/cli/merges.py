@@ -7,32 +7,32 @@ from pathlib import Path
 
 import click
 
-from mergekit_pave.cli.options import _calibration_options, device_of, merge_options
-from mergekit_pave.errors import PaveError
+from mergekit_pave.cli.options import (
+    calibration_options,
+    device_option,
+    memory_option,
+    model_options,
+)
 from mergekit_pave.plugin import register
 
 
 @click.command()
 @click.argument("model")
-@_calibration_options
+@calibration_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for the covariance store.")
-@click.option("--device", default="cpu", show_default=True,
-              help="Kind of device for the forward passes: cpu, cuda, ..., or auto for the "
-              "accelerator that is there.")
-@click.option("--max-memory", help="Main memory for weights, such as 8GiB, in each process; what "
+@device_option("Kind of device for the forward passes")
+@memory_option("--max-memory", "Main memory for weights, such as 8GiB, in each process; what "
               "does not fit is read from the shards as it is needed.")
-@click.option("--statistics-memory", help="Memory for second moments held at a time, such as "
+@memory_option("--statistics-memory", "Memory for second moments held at a time, such as "
               "2GiB, in each process; below the sums of one block of the model, that block "
               "runs again.")
-@click.option("--lora-merge-cache", help="Folder for the merged copy of MODEL+ADAPTER.")
-@click.option("--transformers-cache", help="Folder for downloads.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run code.")
+@model_options
 @click.option("--push", metavar="REPO_ID", help="Publish the finished store as this data set of "
               "the Hub, with a card that says what it holds and what it can leak.")
 @click.option("--private", is_flag=True, help="Make that data set private if it is created.")
-def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_cache,
-              transformers_cache, trust_remote_code, push, private, **calibration) -> None:
+def calibrate(model, output, device, max_memory, statistics_memory, options, push, private,
+              **calibration) -> None:
     """Compute MODEL's covariances on its own task data and write a store.
 
     The store holds second moments of layer inputs, no text. Name it under `covariance:` in a
@@ -60,20 +60,15 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
     processes: without it a machine that has no two GPUs gets one.
     """
     register()
-    from mergekit_pave.calibration.load import Resources, parse_bytes
+    from mergekit_pave.calibration.load import Resources
     from mergekit_pave.calibration.processes import Workers
     from mergekit_pave.calibration.run import calibrate_to
-    from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+    from mergekit_pave.models.source import model_source, read_config
     from mergekit_pave.publish import hub
     from mergekit_pave.recipe.parameters import CalibrationSpec
     from mergekit_pave.recipe.reading import model_reference
 
-    resources = Resources(
-        device_of(device),
-        parse_bytes("--max-memory", max_memory),
-        parse_bytes("--statistics-memory", statistics_memory),
-    )
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
+    resources = Resources(device, max_memory, statistics_memory)
     spec = CalibrationSpec.from_parameters(calibration)
     if push:
         hub.check_target(push)  # before hours of work
@@ -98,14 +93,11 @@ def calibrate(model, output, device, max_memory, statistics_memory, lora_merge_c
 
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--lora-merge-cache", help="As you will give it to mergekit-yaml.")
-@click.option("--transformers-cache", help="As you will give it to mergekit-yaml.")
-@click.option("--trust-remote-code", is_flag=True, help="As you will give it to mergekit-yaml.")
+@model_options
 @click.option("--allow-crimes", is_flag=True, help="As you will give it to mergekit-yaml.")
 @click.option("--unsafe-truncate-embeddings", is_flag=True,
               help="As you will give it to mergekit-yaml.")
-def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow_crimes,
-          unsafe_truncate_embeddings) -> None:
+def check(config, options, allow_crimes, unsafe_truncate_embeddings) -> None:
     """Say what is wrong with a merge before anything large is downloaded or run, and what it costs.
 
     Reads the configuration, the models' configs and the calibration data. Exits with 1 when
@@ -120,21 +112,16 @@ def check(config, lora_merge_cache, transformers_cache, trust_remote_code, allow
     from mergekit_pave.check import check as run_check
     from mergekit_pave.check.cost import costs
     from mergekit_pave.check.models import Allowances
-    from mergekit_pave.models.source import LoaderOptions
-    from mergekit_pave.recipe.reading import read_yaml
+    from mergekit_pave.recipe.recipe import Recipe, read_raw
 
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    try:
-        text = config.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PaveError(f"{config} is not text in UTF-8: {error.reason}.") from error
-    raw = read_yaml(text, str(config))
+    raw = read_raw(config)
     findings = run_check(raw, options, Allowances(allow_crimes, unsafe_truncate_embeddings))
     for finding in findings:
         click.echo(f"{finding.level}: {finding}", err=True)
     if any(finding.level == "error" for finding in findings):
         sys.exit(1)
-    for line in (*estimates(raw, options), *costs(raw, options)):
+    recipe = Recipe.of(raw)
+    for line in (*estimates(recipe, options), *costs(recipe, options)):
         click.echo(line)
     said = f"{len(findings)} warning{'s' * (len(findings) > 1)}, and no error"
     click.echo(f"{config}: {said if findings else 'nothing wrong'} found.")
@@ -155,11 +142,16 @@ def methods() -> None:
 
 
 @click.command()
-@merge_options
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--layers", type=click.IntRange(min=1), metavar="N",
+              help="Look at N evenly spaced layers; by default at all, or at as many as take about "
+              "five minutes.")
+@device_option("Where to compute")
+@model_options
+@click.option("--allow-crimes", is_flag=True, help="As you will give it to mergekit-yaml.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for report.html, report.json and the figures.")
-def report(config, output, layers, device, lora_merge_cache, transformers_cache,
-           trust_remote_code, allow_crimes) -> None:
+def report(config, output, layers, device, options, allow_crimes) -> None:
     """Show what purification would do to a merge, as one web page.
 
     Opens the models and their covariances as the merge of CONFIG would (models without a
@@ -176,16 +168,13 @@ def report(config, output, layers, device, lora_merge_cache, transformers_cache,
 
     require_matplotlib()
     register()
-    from mergekit_pave.models.source import LoaderOptions
     from mergekit_pave.report.build import build
     from mergekit_pave.report.page import write
     from mergekit_pave.report.survey import choose, open_merge
 
-    where = device_of(device)
-    options = LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
-    merge = open_merge(config, options, where, allow_crimes)
-    sample = choose(merge.layers, layers, where)
-    made = build(merge, sample, where)
+    merge = open_merge(config, options, device, allow_crimes)
+    sample = choose(merge.layers, layers, device)
+    made = build(merge, sample, device)
     write(made, output)
     click.echo(
         f"{output / 'report.html'}: {len(sample.layers)} of {len(merge.layers)} weights of "

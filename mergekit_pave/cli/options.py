@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
@@ -11,7 +11,8 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.recipe.parameters import CALIBRATION, Parameter
 
 
-def _calibration_options(command):
+def calibration_options(command):
+    """The keys of calibration, by their names in the YAML."""
     for parameter in reversed(CALIBRATION):
         # To click a default of None is a value that was given.
         default = {} if parameter.default is None else {"default": parameter.default}
@@ -57,23 +58,81 @@ def device_of(name: str):
     return device
 
 
-_SAME = "As you will give it to mergekit-yaml."
+def _device(ctx: click.Context, option: click.Parameter, name: str):
+    return device_of(name)
 
 
-def merge_options(command: Callable) -> Callable:
-    """CONFIG and how to open its models."""
-    for option in reversed((
-        click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-        click.option("--layers", type=click.IntRange(min=1), metavar="N",
-                     help="Look at N evenly spaced layers; by default at all, or at as many as "
-                     "take about five minutes."),
-        click.option("--device", default="cpu", show_default=True,
-                     help="Where to compute: cpu, cuda, ..., or auto for the accelerator that is "
-                     "there."),
-        click.option("--lora-merge-cache", help=_SAME),
-        click.option("--transformers-cache", help=_SAME),
-        click.option("--trust-remote-code", is_flag=True, help=_SAME),
-        click.option("--allow-crimes", is_flag=True, help=_SAME),
-    )):
-        command = option(command)
-    return command
+def device_option(what: str) -> Callable:
+    """`--device`, as a torch device."""
+    return click.option(
+        "--device", default="cpu", show_default=True, callback=_device,
+        help=f"{what}: cpu, cuda, ..., or auto for the accelerator that is there.")
+
+
+def memory_option(flag: str, text: str) -> Callable:
+    """A size such as 8GiB, as bytes."""
+
+    def read(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+        from mergekit_pave.calibration.load import parse_bytes
+
+        return parse_bytes(flag, value)
+
+    return click.option(flag, callback=read, help=text)
+
+
+def _gathered(name: str, make: Callable, options: dict[str, Callable]) -> Callable:
+    """Have a command take several options as one argument, which `make` makes of them."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def run(**given):
+            own = {key: given.pop(key) for key in options}
+            return command(**given, **{name: make(**own)})
+
+        for option in reversed(options.values()):
+            run = option(run)
+        return run
+
+    return decorate
+
+
+def _loader_options(lora_merge_cache, transformers_cache, trust_remote_code):
+    from mergekit_pave.models.source import LoaderOptions
+
+    return LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
+
+
+# How models are loaded, as mergekit-yaml takes it: the argument `options`.
+model_options = _gathered("options", _loader_options, {
+    "lora_merge_cache": click.option(
+        "--lora-merge-cache", help="Folder for merged copies of MODEL+ADAPTER."),
+    "transformers_cache": click.option("--transformers-cache", help="Folder for downloads."),
+    "trust_remote_code": click.option(
+        "--trust-remote-code", is_flag=True, help="Let the models' repositories run code."),
+})
+
+
+def _row_options(**given):
+    from mergekit_pave.evaluation.setup import RowOptions
+
+    return RowOptions(**given)
+
+
+_ROWS = {
+    "rows": click.option("--rows", default=64, show_default=True, type=click.IntRange(min=2),
+                         help="Held-out rows of each model, at most."),
+    "max_tokens": click.option("--max-tokens", default=256, show_default=True,
+                               type=click.IntRange(min=2), help="Tokens of a row, at most."),
+    "held_out": click.option(
+        "--held-out", multiple=True, metavar="DATA",
+        help="Rows of a model's task, a file or data set; once for each model, in their order. By "
+        "default rows of its calibration data that calibration does not draw."),
+    "split": click.option("--split", help="Split of each model's own data to take rows from."),
+    "base": click.option("--base", metavar="MODEL",
+                         help="The base model, where the merge names none."),
+}
+_GENERAL = {"general": click.option("--general", metavar="DATA",
+                                    help="Rows of no task: what the merge damages.")}
+# Which rows are scored: the argument `rows`.
+row_options = _gathered("rows", _row_options, _ROWS)
+rows_and_general = _gathered("rows", _row_options, _ROWS | _GENERAL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,22 @@ from mergekit_pave.evaluation.kept import (
 )
 from mergekit_pave.evaluation.merging import merge_to
 from mergekit_pave.evaluation.scores import Scores
-from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_configuration, same_merge
+from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_recipe, same_merge
 from mergekit_pave.evaluation.verdict import OfTask, as_dict, sentence, verdicts
 from mergekit_pave.evaluation.writing import written
 from mergekit_pave.models.folder import check_finished
 from mergekit_pave.models.source import LoaderOptions, ModelSource
-from mergekit_pave.recipe.reading import configuration
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.files import make_folder, scratch
 from mergekit_pave.storage.masks import FOLDER
 
 
 @dataclass(frozen=True)
 class Target:
-    """A merge to look at: its name, its YAML, and its folder where it is there already."""
+    """A merge to look at: its name, its recipe, and its folder where it is there already."""
 
     name: str
-    raw: Any
+    recipe: Recipe
     folder: Path | None
 
 
@@ -98,24 +98,24 @@ def evaluate(
     """
     paths = [Path(path) for path in merges]
     targets = [_target(path) for path in paths]
-    targets = [Target(_name(i, targets), t.raw, t.folder) for i, t in enumerate(targets)]
-    first = read_configuration(Path(config)) if config else targets[0].raw
+    targets = [replace(target, name=_name(i, targets)) for i, target in enumerate(targets)]
+    first = read_recipe(Path(config)) if config else targets[0].recipe
     for path, target in zip(paths, targets, strict=True):
-        same_merge(first, target.raw, path)
-    bench = bench_of(configuration(first), rows, options, resources, quiet)
+        same_merge(first, target.recipe, path)
+    bench = bench_of(first, rows, options, resources, quiet)
     return [_result(bench, target, options, length) for target in targets]
 
 
 def _target(path: Path) -> Target:
-    raw = read_configuration(path)
+    recipe = read_recipe(path)
     if not path.is_dir():
-        return Target(path.stem, raw, None)
+        return Target(path.stem, recipe, None)
     check_finished(path)
     if (path / FOLDER).is_dir():
         raise PaveError(
             f"{path} holds weights that all tasks share, with masks for each: write a task's "
             "model with `mergekit-pave materialize`, and evaluate that.")
-    return Target(path.resolve().name, raw, path)
+    return Target(path.resolve().name, recipe, path)
 
 
 def _name(i: int, targets: Sequence[Target]) -> str:
@@ -131,12 +131,12 @@ def _result(bench: Bench, target: Target, options: LoaderOptions, length: int) -
     if target.folder is not None:
         source = _source(bench, target.folder, target.name)
         return _made(bench, target, bench.of(source), list(written(bench, source, length)))
-    about = [length, FORMAT, target.raw, [task.rows.digest for task in bench.asked],
+    about = [length, FORMAT, target.recipe.raw, [task.rows.digest for task in bench.asked],
              [bench.identity(task.source) for task in bench.asked]]
     if (kept := read_kept(address(about))) is None:
         make_folder(evaluation_cache())
         with scratch(evaluation_cache()) as folder:
-            merge_to(target.raw, folder / "merge", options, str(bench.resources.device))
+            merge_to(target.recipe.raw, folder / "merge", options, str(bench.resources.device))
             source = _source(bench, folder / "merge", target.name)
             scores = bench.fresh(source, range(len(bench.asked)))
             kept = {"scores": plain(scores), "written": list(written(bench, source, length))}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -23,9 +22,10 @@ from mergekit_pave.models.source import (
     paths_of,
     read_config,
 )
-from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
+from mergekit_pave.recipe.inputs import Input, calibration_spec
 from mergekit_pave.recipe.parameters import DATA_FREE, CalibrationSpec
-from mergekit_pave.recipe.reading import CONFIGURATION, configuration, model_reference, read_yaml
+from mergekit_pave.recipe.reading import model_reference
+from mergekit_pave.recipe.recipe import Recipe, read_raw
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,20 @@ class RowOptions:
     drawn: bool | None = None
 
 
-def read_configuration(path: Path) -> Any:
-    """The YAML of a merge, or the one beside a merge's output.
-
-    Raises:
-        PaveError: there is none, or it is no text.
-    """
-    file = path / CONFIGURATION if path.is_dir() else path
-    try:
-        raw = read_yaml(file.read_text("utf-8"), str(file))
-    except FileNotFoundError:
-        raise PaveError(
-            f"{path} has no {CONFIGURATION}: it is no output of mergekit-yaml; name the merge's "
-            "configuration with --config.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PaveError(f"{file} cannot be read: {error}.") from error
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a merge, from its YAML or from its output; errors as `read_raw`."""
+    raw = read_raw(path)
     if not isinstance(raw, dict):
-        raise PaveError(f"{file} holds no merge configuration.")
-    return raw
+        raise PaveError(f"{path} holds no merge configuration.")
+    return Recipe.of(raw)
 
 
-def same_merge(raw: Any, other: Any, where: Path) -> None:
+def same_merge(recipe: Recipe, other: Recipe, where: Path) -> None:
     """Raise `PaveError` unless both merge the same models, whatever method and strength.
 
     Folders are compared by their own names: a published configuration has lost the paths.
     """
-    one, two = (sorted(_models(configuration(value))) for value in (raw, other))
+    one, two = (sorted(_models(found.config)) for found in (recipe, other))
     if one != two:
         raise PaveError(
             f"{where} is a merge of {', '.join(two)}, not of {', '.join(one)}; evaluate it with "
@@ -89,7 +77,7 @@ def _models(config: MergeConfiguration) -> list[str]:
 
 
 def bench_of(
-    config: MergeConfiguration, wanted: RowOptions, options: LoaderOptions, resources: Resources,
+    recipe: Recipe, wanted: RowOptions, options: LoaderOptions, resources: Resources,
     quiet: bool = False,
 ) -> Bench:
     """The bench of a merge: its experts with their rows, its base, the general rows.
@@ -98,7 +86,7 @@ def bench_of(
         PaveError: a model that cannot be read, rows that cannot be had, or no base to compare
             general rows with.
     """
-    entries = _one_for_each(inputs(config))
+    entries = _one_for_each(recipe.inputs)
     if not entries:
         raise PaveError("The configuration merges no model with its base; there is nothing to ask.")
     if wanted.held_out and len(wanted.held_out) != len(entries):
@@ -106,7 +94,7 @@ def bench_of(
             f"--held-out is given {len(wanted.held_out)} times for {len(entries)} models "
             f"({', '.join(name_of(e.model.model.path) for e in entries)}); give it once for each, "
             "in their order.")
-    reference = model_reference(wanted.base) if wanted.base else _base(config, entries)
+    reference = model_reference(wanted.base) if wanted.base else _base(recipe.config, entries)
     base = None if reference is None else _source(reference, options)
     tasks: list[Task] = []
     for i, entry in enumerate(entries):

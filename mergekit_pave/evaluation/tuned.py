@@ -14,12 +14,11 @@ import yaml
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.objective import objective
-from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_configuration
+from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_recipe
 from mergekit_pave.evaluation.space import Raw, Space, space_of
 from mergekit_pave.evaluation.tune import Budget, Trial, Tuner, gain
 from mergekit_pave.models.source import LoaderOptions
-from mergekit_pave.recipe.inputs import inputs
-from mergekit_pave.recipe.reading import configuration
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.files import make_folder, scratch, write_text
 
 DEFAULT_BUDGET = "10"
@@ -70,15 +69,16 @@ def tune(
     Raises:
         PaveError: nothing that could be tuned, no rows, a budget too small, a full disk.
     """
-    raw = read_configuration(Path(config)) if isinstance(config, (str, Path)) else config
+    recipe = read_recipe(Path(config)) if isinstance(config, (str, Path)) else Recipe.of(config)
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     out = Path(out)
+    raw = recipe.raw
     spaces = [space_of(raw, name) for name in methods] or [space_of(raw)]
     _refuse_small(budget, spaces)
-    draws = any(e.calibrated for s in spaces for e in inputs(configuration(s.raw)))
+    draws = any(e.calibrated for space in spaces for e in Recipe.of(space.raw).inputs)
     # The given configuration names the data, whatever method is looked at.
-    bench = bench_of(configuration(raw), replace(rows, drawn=draws, general=None), options,
-                     resources, quiet=True)
+    bench = bench_of(
+        recipe, replace(rows, drawn=draws, general=None), options, resources, quiet=True)
     _say_cost(bench, spaces, budget, out, say)
     aim = objective(bench)
     make_folder(out.absolute().parent)

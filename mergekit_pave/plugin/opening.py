@@ -23,22 +23,18 @@ from mergekit_pave.models.source import (
 from mergekit_pave.models.tables import LayerTable, layer_table, unpurified
 from mergekit_pave.recipe.inputs import Input, covariance_source, unwrapped
 from mergekit_pave.recipe.parameters import CovarianceSource
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.masks import FOLDER, Recorder
 
 
 def open_state(
-    config: MergeConfiguration,
-    entries: Sequence[Input],
-    out: Path,
-    options: MergeOptions,
-    loading: LoaderOptions,
+    recipe: Recipe, out: Path, options: MergeOptions, loading: LoaderOptions
 ) -> MergeState:
     """The state of one merge: every covariance store opened or computed, every layer known.
 
     Args:
-        config: what is merged.
-        entries: its fine-tuned models.
+        recipe: what is merged.
         out: the folder that task masks go below.
         options: mergekit's, for the device of forward passes and whether to show progress.
         loading: how models are loaded.
@@ -47,6 +43,7 @@ def open_state(
         PaveError: a model without data, or statistics of other weights.
     """
     stores: dict[tuple[Hashable, CovarianceSource], CovarianceStore] = {}
+    config, entries = recipe.config, recipe.inputs
     needed = [entry for entry in entries if entry.calibrated]
     device = torch.device(options.device or "cpu")
     silent = options.quiet or not needed

@@ -35,7 +35,7 @@ from mergekit_pave.plugin.loaders import close_earlier, open_adapted
 from mergekit_pave.plugin.opening import keep_own_files, open_state, writes_masks
 from mergekit_pave.plugin.output import is_replaced_whole, refuse_inputs, taking_the_place
 from mergekit_pave.publish import record
-from mergekit_pave.recipe.inputs import inputs
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.recipe.spelling import is_ours, looks_like_ours
 from mergekit_pave.storage.masks import refuse_others
 
@@ -95,18 +95,19 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
     allowed = Allowances(options.allow_crimes, options.unsafe_truncate_embeddings)
     # A caller's default device is for its own tensors.
     with torch.device("cpu"):
-        for warning in check.preflight(config, source, loading, allowed):
+        recipe = Recipe.as_written(config, source)
+        for warning in check.preflight(recipe, loading, allowed):
             logger.warning("%s", warning)
         LoaderCache().setup(options=options)
         # Downloads the models, so that one that does not fit is refused before any is calibrated.
-        planned = architecture(config, loading, allowed)
+        planned = architecture(recipe, loading, allowed)
         open_adapted(config, options)
-    entries = inputs(config)
+    entries = recipe.inputs  # before mergekit's planner rewrites the configuration
     if writes_masks(entries):
         refuse_others(out_path)
     with taking_the_place(out_path) as out:
         with torch.device("cpu"):
-            state = open_state(config, entries, out, options, loading)
+            state = open_state(recipe, out, options, loading)
         with _method_of(name, state), _planned_as(planned):
             result = merge(out)
         _keep_sentence_files(config, out, loading)
@@ -116,7 +117,7 @@ def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, 
             keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()
         if options.write_model_card:
-            record.write(out, record.of_merge(config, state))
+            record.write(out, record.of_merge(recipe, state))
     if not options.quiet:
         _say(out_path, name, state)
     return result

@@ -14,7 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import check_finished, companions, sentence_files
 from mergekit_pave.publish import record
-from mergekit_pave.publish.card import CARD, FIGURES, write_card
+from mergekit_pave.publish.card import FIGURES, write_card
+from mergekit_pave.publish.markdown import CARD
 from mergekit_pave.publish.store_card import store_card
 from mergekit_pave.recipe.reading import CONFIGURATION
 from mergekit_pave.storage import masks

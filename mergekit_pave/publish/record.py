@@ -35,8 +35,9 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import paths_of, public_reference
-from mergekit_pave.recipe.inputs import Input, calibration_spec, inputs
+from mergekit_pave.recipe.inputs import Input, calibration_spec
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.files import write_text
 
@@ -47,22 +48,22 @@ _NO_DATA = {"dataset": DATA_FREE, "local": False}
 Ranks = Mapping[str, tuple[int, int]]
 
 
-def of_merge(config: MergeConfiguration, kept: MergeState) -> dict[str, Any]:
+def of_merge(recipe: Recipe, kept: MergeState) -> dict[str, Any]:
     """The record of a merge that has just ended."""
     models = []
-    for model in dict.fromkeys(entry.model for entry in inputs(config)):
+    for model in dict.fromkeys(entry.model for entry in recipe.inputs):
         models.append(_model(model, kept.used.get(model), kept.ranks.get(model)))
         if model in kept.data_free:
             models[-1]["data"] = dict(_NO_DATA)
     counts = {what: len(names) for what, names in kept.counts.items()}
-    return _record(config, counts if any(counts.values()) else None, models)
+    return _record(recipe.config, counts if any(counts.values()) else None, models)
 
 
-def local_names(config: MergeConfiguration, record: Mapping[str, Any]) -> set[str]:
+def local_names(recipe: Recipe, record: Mapping[str, Any]) -> set[str]:
     """What the merge found to be files and folders; from elsewhere `a/b` may look like a Hub id."""
-    entries, models = inputs(config), record["models"]
+    entries, models = recipe.inputs, record["models"]
     hub = {name for about in (record["base"] or {"hub": []}, *models) for name in about["hub"]}
-    references = [config.base_model, *(entry.model for entry in entries)]
+    references = [recipe.config.base_model, *(entry.model for entry in entries)]
     found = {path for model in references if model for path in paths_of(model)} - hub
     if any(about["data"] is None for about in models):
         return found
@@ -72,14 +73,14 @@ def local_names(config: MergeConfiguration, record: Mapping[str, Any]) -> set[st
     return found | (named - {m["data"]["dataset"] for m in models if not m["data"]["local"]})
 
 
-def of_configuration(config: MergeConfiguration) -> dict[str, Any]:
+def of_configuration(recipe: Recipe) -> dict[str, Any]:
     """Of a merge that left no record: its models, and the data that its configuration asks for."""
     models = []
-    for entry in inputs(config):
+    for entry in recipe.inputs:
         models.append(_model(entry.model, None, None))
         if not entry.get("covariance") and entry.get("calibration_dataset"):
             models[-1]["data"] = _intended(entry)
-    return _record(config, None, models)
+    return _record(recipe.config, None, models)
 
 
 def write(folder: Path | str, record: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import MergeMethod
@@ -39,17 +38,13 @@ class Input:
     model: ModelReference
     base: ModelReference | None
     where: str
-    scopes: tuple[Mapping[str, Any], ...]
+    scopes: Scopes
     method: MergeMethod
 
     def get(self, name: str) -> Any:
         """The value of a per-model key, or its default."""
         found = [scope[name] for scope in self.scopes if name in scope]
         return found[0] if found else PARAMETERS[name].default
-
-    def sets(self, name: str) -> bool:
-        """Whether the model, its slice or its module has the key, whatever the top level says."""
-        return any(name in scope for scope in self.scopes[:-1])
 
     def settings(self, name: str) -> list[tuple[str | None, Any]]:
         """All values a key can take, each with the filter it needs (`None`: any tensor)."""
@@ -121,33 +116,18 @@ class Input:
         return self.looked_at and not self.estimated
 
 
-def inputs(config: MergeConfiguration) -> list[Input]:
-    """The fine-tuned models of a configuration, once for each set of calibration keys.
+def inputs_of(entries: Iterable[Input]) -> list[Input]:
+    """The fine-tuned models, once for each set of calibration keys.
 
     Of several slices that have it, the first that needs its covariances stands for all.
     """
     found: dict[tuple, Input] = {}
-    for entry in _entries(config):
+    for entry in entries:
         keys = (repr(entry.get(p.name)) for p in (*CALIBRATION, COVARIANCE))
         key = (entry.model, entry.base, *keys)
         if key not in found or (entry.looked_at and not found[key].looked_at):
             found[key] = entry
     return list(found.values())
-
-
-def _entries(config: MergeConfiguration) -> Iterator[Input]:
-    """The fine-tuned models, once for each slice."""
-    method = merge_methods.get(config.merge_method)
-    for _, base, members in _groups(config):
-        yield from _fine_tunes(base, members, method)
-
-
-def _fine_tunes(
-    base: ModelReference | None, members: Iterable[_Member], method: MergeMethod
-) -> Iterator[Input]:
-    for path, model, scopes in members:
-        if model != base:
-            yield Input(model, base, path, scopes, method)
 
 
 def calibration_spec(entry: Input) -> CalibrationSpec:
@@ -162,13 +142,31 @@ def covariance_source(entry: Input) -> CovarianceSource:
     return CovarianceSource.of({p.name: p.validate(entry.get(p.name)) for p in keys})
 
 
-_Member = tuple[str, ModelReference, tuple[Mapping[str, Any], ...]]
+Scopes = tuple[Mapping[str, Any], ...]
 
 
-def _groups(
-    config: MergeConfiguration,
-) -> Iterator[tuple[str, ModelReference | None, list[_Member]]]:
-    """What is merged with what: (path, base, [(path, model, its parameter scopes)])."""
+@dataclass(frozen=True)
+class Group:
+    """Models that are merged with each other: all of them, or those of one slice.
+
+    Attributes:
+        where: a path into the YAML.
+        base: of the group.
+        members: path, model and parameter scopes of each, the base perhaps among them.
+    """
+
+    where: str
+    base: ModelReference | None
+    members: tuple[tuple[str, ModelReference, Scopes], ...]
+
+    def fine_tunes(self, method: MergeMethod) -> list[Input]:
+        """All models but the base."""
+        return [Input(model, self.base, where, scopes, method)
+                for where, model, scopes in self.members if model != self.base]
+
+
+def groups_of(config: MergeConfiguration) -> Iterator[Group]:
+    """What is merged with what."""
     top = config.parameters
     parts: list[tuple[str, Any, tuple[Mapping[str, Any] | None, ...]]] = [("", config, (top,))]
     parts += [
@@ -178,16 +176,16 @@ def _groups(
     for prefix, part, outer in parts:
         if part.models:
             where = f"{prefix}models"
-            yield where, config.base_model, list(_members(part.models, where, outer))
+            yield Group(where, config.base_model, _members(part.models, where, outer))
         for i, piece in enumerate(part.slices or []):
             where = f"{prefix}slices[{i}]"
             members = _members(piece.sources, f"{where}.sources", (piece.parameters, *outer))
-            yield where, piece.base_model or config.base_model, list(members)
+            yield Group(where, piece.base_model or config.base_model, members)
 
 
 def _members(
     items: Iterable[Any], where: str, outer: tuple[Mapping[str, Any] | None, ...]
-) -> Iterator[_Member]:
-    for i, item in enumerate(items):
-        scopes = tuple(scope or {} for scope in (item.parameters, *outer))
-        yield f"{where}[{i}]", item.model, scopes
+) -> tuple[tuple[str, ModelReference, Scopes], ...]:
+    return tuple(
+        (f"{where}[{i}]", item.model, tuple(scope or {} for scope in (item.parameters, *outer)))
+        for i, item in enumerate(items))

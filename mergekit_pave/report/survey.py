@@ -22,9 +22,9 @@ from mergekit_pave.check import preflight
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions, model_source, read_config
-from mergekit_pave.recipe.inputs import Input, covariance_source, inputs, purifies
+from mergekit_pave.recipe.inputs import Input, covariance_source, purifies
 from mergekit_pave.recipe.parameters import PREFIX, PURIFICATION, Purification
-from mergekit_pave.recipe.reading import configuration, read_yaml
+from mergekit_pave.recipe.recipe import Recipe, read_raw
 from mergekit_pave.report.merge import Checkpoint, Layer, Merge, Model, logger
 from mergekit_pave.storage.identity import same_layer
 
@@ -41,14 +41,11 @@ def open_merge(
     Raises:
         PaveError: what `mergekit-pave check` finds, or a store that cannot be had.
     """
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PaveError(f"{path} is not text in UTF-8: {error.reason}.") from error
-    config = configuration(read_yaml(text, str(path)))
-    for warning in preflight(config, text, options, Allowances(allow_crimes)):
+    recipe = Recipe.of(read_raw(path))
+    config = recipe.config
+    for warning in preflight(recipe, options, Allowances(allow_crimes)):
         logger.warning("%s", warning)
-    entries = inputs(config)
+    entries = recipe.inputs
     if not purifies(entries[0].method):
         raise PaveError(
             f"merge_method: {config.merge_method} purifies nothing; this looks at what "

@@ -8,12 +8,16 @@ from helpers import readers
 
 from mergekit_pave.algebra.response import (
     distinct,
-    estimated,
     evening,
     matched,
     strength,
     toward,
 )
+
+
+def estimated(delta: torch.Tensor) -> torch.Tensor:
+    """`D^T D`, what stands in for the moment of the inputs where there are no data."""
+    return delta.double().mT @ delta.double()
 
 
 def task_vectors(count=3, shape=(6, 9), seed=0):

@@ -18,7 +18,6 @@ from mergekit_pave.algebra.tsv import (
     interference,
     kept_rank,
     merged_delta,
-    singular_task_interference,
 )
 from mergekit_pave.errors import PaveError
 
@@ -227,8 +226,9 @@ def test_kept_rank(shape, tasks, fraction, count):
 def test_interference_is_the_published_formula(shape, tasks, fraction, k):
     deltas = [draw(*shape, seed=i) for i in range(tasks)]
     want = papers_interference([d.double().numpy() for d in deltas], k)
-    assert singular_task_interference(deltas, fraction) == pytest.approx(want, rel=1e-9)
+    assert kept_rank(shape, tasks, fraction) == k
     value, relative = interference([factors(d, k) for d in deltas])
+    assert value == pytest.approx(want, rel=1e-9)
     total = sum(np.linalg.svd(d.double(), compute_uv=False)[:k].sum() for d in deltas)
     assert (value, relative) == pytest.approx((want, want / total), rel=1e-6)
 
@@ -239,4 +239,5 @@ def test_orthogonal_tasks_do_not_interfere():
     parts = [Factors(u[:, i:i + 2], s, v[:, i:i + 2]) for i in (0, 2)]
     assert interference(parts)[0] == pytest.approx(0, abs=1e-12)
     assert interference([parts[0], parts[0]])[0] > 1
-    assert singular_task_interference([p.u * s @ p.v.T for p in parts], 0.3) < 1e-9
+    deltas = [p.u * s @ p.v.T for p in parts]
+    assert interference([factors(d, 2) for d in deltas])[0] < 1e-9

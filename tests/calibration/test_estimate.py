@@ -14,6 +14,7 @@ from mergekit_pave.calibration.run import calibrate_to
 from mergekit_pave.models.layers import linear_layers
 from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.recipe.parameters import CalibrationSpec
+from mergekit_pave.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "roberta", "deberta", "t5"])
@@ -55,7 +56,7 @@ def test_estimate_where_no_pass_is_possible(families, monkeypatch):
 
 def test_estimate_lines(families, texts):
     raw = recipe(families("llama"), texts)
-    lines = list(estimates(raw, LoaderOptions()))
+    lines = list(estimates(Recipe.of(raw), LoaderOptions()))
     assert len(lines) == 2 and "expert0: 8 covariances" in lines[0] and "tokens" in lines[0]
     raw["parameters"]["subspace"] = "svd"
-    assert list(estimates(raw, LoaderOptions())) == []
+    assert list(estimates(Recipe.of(raw), LoaderOptions())) == []

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from mergekit_pave.check import cost
 from mergekit_pave.check.cost import RATES, Size, costs, seconds_of, size_of
 from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.recipe.recipe import Recipe
 
 GIB = re.compile(r"([\d.]+) GiB to read, ([\d.]+) GiB to write")
 
@@ -36,10 +37,10 @@ def test_seconds_grow_with_models_parameters_and_operations(method):
 
 def test_a_line_for_a_method_that_was_measured(families, texts, monkeypatch):
     raw = recipe(families("llama"), texts, "pave_ties")
-    (line,) = costs(raw, LoaderOptions())
+    (line,) = costs(Recipe.of(raw), LoaderOptions())
     assert line.startswith("pave_ties: less than a minute of one core")
     monkeypatch.setattr(cost, "size_of", lambda *a: Size(7 * 10**9, 3 * 10**13, 2))
-    (line,) = costs({**raw, "dtype": "float32"}, LoaderOptions())
+    (line,) = costs(Recipe.of({**raw, "dtype": "float32"}), LoaderOptions())
     assert "hours" in line or "minutes" in line
     read, written = map(float, GIB.search(line).groups())
     assert read == pytest.approx(3 * 14e9 / 2**30, abs=0.01)
@@ -48,4 +49,4 @@ def test_a_line_for_a_method_that_was_measured(families, texts, monkeypatch):
 
 def test_no_line_for_others(families, texts):
     raw = recipe(families("llama"), texts, "dare_ties")
-    assert list(costs(raw, LoaderOptions())) == []
+    assert list(costs(Recipe.of(raw), LoaderOptions())) == []

@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_pave.check import preflight
 from mergekit_pave.errors import PaveError
 from mergekit_pave.plugin import register
+from mergekit_pave.recipe.recipe import Recipe
 
 register()
 pytestmark = pytest.mark.usefixtures("nothing_heavy")
@@ -20,12 +21,13 @@ def test_preflight_reads_the_source_for_keys_that_mergekit_drops(good):
     source = yaml.safe_dump(change(good, "models.0.wieght", 1))
     config = MergeConfiguration.model_validate(yaml.safe_load(source))
     with pytest.raises(PaveError, match="'wieght'"):
-        preflight(config, source, OPTIONS)
+        preflight(Recipe.as_written(config, source), OPTIONS)
 
 
 @pytest.mark.parametrize("source", [None, "", "a label", "merge_method: pave_ties\nmodels: []"])
 def test_preflight_without_the_true_source(good, source):
-    assert preflight(MergeConfiguration.model_validate(good), source, OPTIONS) == []
+    config = MergeConfiguration.model_validate(good)
+    assert preflight(Recipe.as_written(config, source), OPTIONS) == []
 
 
 def test_preflight_without_a_source_copes_with_spaces(good, families, tmp_path):
@@ -33,13 +35,13 @@ def test_preflight_without_a_source_copes_with_spaces(good, families, tmp_path):
     folder.symlink_to(families("llama")["expert0"])
     good["models"][0]["model"] = str(folder)
     config = MergeConfiguration.model_validate(good)
-    assert preflight(config, None, OPTIONS) == []
+    assert preflight(Recipe.as_written(config, None), OPTIONS) == []
     config.parameters["rank_ratio"] = 2.0
     with pytest.raises(PaveError, match="rank_ratio"):
-        preflight(config, None, OPTIONS)
+        preflight(Recipe.as_written(config, None), OPTIONS)
 
 
 def test_preflight_says_how_many_more(good):
     bad = change(change(good, f"{SHARED}.rank_ratio", 7), f"{MODEL}.wieght", 1)
     with pytest.raises(PaveError, match=r"\(1 more: run `mergekit-pave check`\)"):
-        preflight(MergeConfiguration.model_validate(bad), yaml.safe_dump(bad), OPTIONS)
+        preflight(Recipe.of(bad), OPTIONS)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import recipe
-from mergekit.config import MergeConfiguration
 
 from mergekit_pave import plugin
 from mergekit_pave.check import check
 from mergekit_pave.check.settings import check_settings
 from mergekit_pave.models.source import LoaderOptions
+from mergekit_pave.recipe.recipe import Recipe
 
 plugin.register()
 METHODS = ["tsv_m", "regmean", "tsv_regmean", "matched_regmean", "pave_ties",
@@ -41,8 +41,8 @@ def edit(file: Path, **changes) -> None:
 def warnings(paths: dict[str, Path], method: str = "regmean", **top) -> list[str]:
     raw = {"merge_method": method, "base_model": str(paths["base"]), "dtype": "float32",
            "models": [{"model": str(paths[f"expert{i}"])} for i in range(2)], **top}
-    config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(raw)))
-    return [str(finding) for finding in check_settings(config, LoaderOptions())]
+    recipe = Recipe.of(yaml.safe_load(yaml.safe_dump(raw)))
+    return [str(finding) for finding in check_settings(recipe, LoaderOptions())]
 
 
 @pytest.mark.parametrize("method", METHODS)

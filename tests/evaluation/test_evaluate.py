@@ -27,7 +27,7 @@ from mergekit_pave.evaluation.verdict import sentence, verdicts
 from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.plugin import register
 from mergekit_pave.recipe.parameters import CalibrationSpec
-from mergekit_pave.recipe.reading import configuration
+from mergekit_pave.recipe.recipe import Recipe
 
 
 def _source(path) -> ModelSource:
@@ -36,8 +36,8 @@ def _source(path) -> ModelSource:
 
 def _bench(families, texts, kind: str, method="pave_task_arithmetic", **wanted) -> Bench:
     register()
-    config = configuration(recipe(families(kind), texts, method))
-    return bench_of(config, RowOptions(rows=12, **wanted), LoaderOptions(), Resources(), quiet=True)
+    made = Recipe.of(recipe(families(kind), texts, method))
+    return bench_of(made, RowOptions(rows=12, **wanted), LoaderOptions(), Resources(), quiet=True)
 
 
 def test_held_out_rows_are_those_that_calibration_does_not_draw(families, texts):

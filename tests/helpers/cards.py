@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 
 from helpers import make_store
 from mergekit_pave.publish import record
+from mergekit_pave.recipe.recipe import Recipe
 
 
 def texts_of(folder: Path) -> str:
@@ -26,11 +26,11 @@ def kept(tmp_path, **ranks) -> SimpleNamespace:
         data_free=frozenset())
 
 
+BEGIN = "<!-- mergekit-pave: begin -->"
 MATH = {"WizardLMTeam__WizardMath-7B-V1.0": {"a": (9, 1)}}
 
 
 def recorded_as(out: Path, state: SimpleNamespace, **changes) -> None:
     """The record that a merge with that outcome leaves."""
     raw = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
-    config = MergeConfiguration.model_validate({**raw, **changes})
-    record.write(out, record.of_merge(config, state))
+    record.write(out, record.of_merge(Recipe.of({**raw, **changes}), state))

@@ -22,7 +22,7 @@ from mergekit_pave.algebra.emr import elect
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.plugin.opening import open_state
-from mergekit_pave.recipe.inputs import inputs
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage import masks as task_masks
 from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks.emr import load_task_model, task_tensors
@@ -224,7 +224,7 @@ def test_in_memory_there_are_the_unified_weights_only(tmp_path, monkeypatch):
 
 def method_that_writes(config, folder):
     options = MergeOptions(quiet=True)
-    state = open_state(config, inputs(config), folder, options, LoaderOptions.of(options))
+    state = open_state(Recipe.as_written(config, None), folder, options, LoaderOptions.of(options))
     return get("emr").within(state)
 
 

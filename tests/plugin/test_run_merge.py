@@ -20,7 +20,7 @@ from mergekit_pave.calibration import stores
 from mergekit_pave.check import check
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.plugin.opening import open_state
-from mergekit_pave.recipe.inputs import inputs
+from mergekit_pave.recipe.recipe import Recipe
 
 
 def test_changing_anything_but_the_data_never_recalibrates(
@@ -51,8 +51,8 @@ def test_all_stores_are_open_before_threads_merge(families, texts, tmp_path, mon
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "second-cache"))
     calls.clear()
     config = MergeConfiguration.model_validate(raw)
-    options = MergeOptions(quiet=True)
-    state = open_state(config, inputs(config), tmp_path, options, LoaderOptions.of(options))
+    options, recipe = MergeOptions(quiet=True), Recipe.as_written(config, None)
+    state = open_state(recipe, tmp_path, options, LoaderOptions.of(options))
     assert len(calls) == 2
     method = get("pave_ties").within(state)
     sources = {key: tensors_of(path) for key, path in paths.items()}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers import HUB, make_output, make_store
-from helpers.cards import MATH, kept, recorded_as, texts_of
+from helpers.cards import BEGIN, MATH, kept, recorded_as, texts_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from mergekit.common import ModelReference
@@ -20,7 +20,7 @@ from mergekit_pave.models.names import name_of
 from mergekit_pave.plugin import register
 from mergekit_pave.publish import card, record
 from mergekit_pave.publish import scrub as public
-from mergekit_pave.publish.card import BEGIN, write_card
+from mergekit_pave.publish.card import write_card
 
 register()
 

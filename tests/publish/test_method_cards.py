@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import make_output
-from helpers.cards import kept, recorded_as, texts_of
+from helpers.cards import BEGIN, kept, recorded_as, texts_of
 from huggingface_hub import ModelCard
 from mergekit.merge_methods import get
 
 from mergekit_pave import methods as merging
 from mergekit_pave.methods.base import ABOUT
 from mergekit_pave.plugin import register
-from mergekit_pave.publish.card import BEGIN, write_card
+from mergekit_pave.publish.card import write_card
 
 register()
 
