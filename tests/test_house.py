@@ -137,6 +137,38 @@ def test_no_test_module_is_too_long_or_imports_another():
             assert not re.match(r"(test_|conftest\b)", name), f"{path}:{line}"
 
 
+# Called from outside of the package: by Python, by click, and where the reference is written.
+CALLED_FROM_OUTSIDE = {"main", "list_commands", "get_command", "reference_table"}
+
+
+def names_used() -> set[str]:
+    """Every name that the package loads, imports, or names as `module:name`."""
+    found: set[str] = set()
+    for path in modules():
+        tree = ast.parse(path.read_text("utf-8"))
+        for top in tree.body:
+            own = getattr(top, "name", None)  # a function that calls itself has no caller yet
+            for node in ast.walk(top):
+                if isinstance(node, ast.ImportFrom):
+                    found |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.Attribute):
+                    found.add(node.attr)
+                elif isinstance(node, ast.Name) and node.id != own:
+                    found.add(node.id)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found |= set(re.findall(r"^[\w.]+:(\w+)$", node.value))
+    return found
+
+
+def test_nothing_is_there_for_tests_alone():
+    used = names_used() | CALLED_FROM_OUTSIDE
+    unused = {f"{path.relative_to(ROOT)}: {node.name}" for path in modules()
+              for node in ast.walk(ast.parse(path.read_text("utf-8")))
+              if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in used
+              and not node.name.startswith("__")}
+    assert not unused
+
+
 # --- what the rules are read with ----------------------------------------------------------
 
 

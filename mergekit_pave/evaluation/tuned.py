@@ -69,16 +69,16 @@ def tune(
     Raises:
         PaveError: nothing that could be tuned, no rows, a budget too small, a full disk.
     """
-    recipe = read_recipe(Path(config)) if isinstance(config, (str, Path)) else Recipe.of(config)
+    recipe = read_recipe(Path(config)) if isinstance(config, (str, Path)) else None
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     out = Path(out)
-    raw = recipe.raw
+    raw = recipe.raw if recipe else config
     spaces = [space_of(raw, name) for name in methods] or [space_of(raw)]
     _refuse_small(budget, spaces)
     draws = any(e.calibrated for space in spaces for e in Recipe.of(space.raw).inputs)
     # The given configuration names the data, whatever method is looked at.
-    bench = bench_of(
-        recipe, replace(rows, drawn=draws, general=None), options, resources, quiet=True)
+    bench = bench_of(recipe or Recipe.of(raw), replace(rows, drawn=draws, general=None), options,
+                     resources, quiet=True)
     _say_cost(bench, spaces, budget, out, say)
     aim = objective(bench)
     make_folder(out.absolute().parent)

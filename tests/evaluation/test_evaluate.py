@@ -51,6 +51,7 @@ def test_held_out_rows_are_those_that_calibration_does_not_draw(families, texts)
     assert rows.digest == held_out(_source(path), spec, 100, 64).digest
     free = held_out(_source(path), spec, 100, 64, drawn=False)
     assert {digest_of(item) for item in free.items} == names | {digest_of(i) for i in drawn.items}
+    assert free.digest != rows.digest
 
 
 def test_language_scores_are_those_of_float64(families, texts):
