@@ -6,6 +6,7 @@ entry runs no start-up files, so all that makes mergekit know the methods comes 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from helpers import CLASSES, write_images
 
 ROOT = Path(__file__).parents[2]
 MERGEKIT_YAML = "from mergekit.scripts.run_yaml import main; main()"
+# The same for several merges, one after the other: a start of the process costs seconds.
+MERGES = (
+    "import json, sys; from mergekit.scripts.run_yaml import main\n"
+    "for arguments in json.loads(sys.argv[1]): main(arguments, standalone_mode=False)\n")
 ASK = "import mergekit.merge_methods as m; print(m.get('pave_ties').spec.name)"
 MERGEKIT_MULTI = "from mergekit.scripts.multimerge import main; main()"
 
@@ -81,15 +86,29 @@ def test_the_environment_runs_the_wheel_and_not_the_source(python):
     assert str(python.parent.parent) in shown
 
 
-@pytest.mark.parametrize("kind", ["llama", "roberta", "deberta", "bert", "vit", "gpt2"])
-def test_the_stock_command_merges_and_transformers_loads(
-    python, families, texts, tmp_path, kind
-):
-    data = [write_images(tmp_path / "images")] if kind == "vit" else texts
-    path, out = config(tmp_path, families(kind), data), tmp_path / "out"
-    merged = run(python, "-c", MERGEKIT_YAML, path, out)
-    assert merged.returncode == 0, merged.stderr[-2000:]
-    assert "tensors purified" in merged.stderr
+KINDS = ["llama", "roberta", "deberta", "bert", "vit", "gpt2"]
+
+
+@pytest.fixture(scope="module")
+def merged(python, families, texts, tmp_path_factory) -> Path:
+    """A folder with a merge of every kind, made by the stock command in the environment."""
+    folder, images = tmp_path_factory.mktemp("merged"), tmp_path_factory.mktemp("images")
+    arguments = []
+    for kind in KINDS:
+        (folder / kind).mkdir()
+        data = [write_images(images / kind)] if kind == "vit" else texts
+        path = config(folder / kind, families(kind), data)
+        arguments.append([str(path), str(folder / kind / "out")])
+    done = run(python, "-c", MERGES, json.dumps(arguments),
+               MERGEKIT_PAVE_CACHE=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("tensors purified") == len(KINDS)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stock_command_merges_and_transformers_loads(merged, kind):
+    out = merged / kind / "out"
     model, info = getattr(transformers, CLASSES[kind]).from_pretrained(
         out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
