@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from mergekit_pave.calibration.collect import SitePlan, plan_sites
 from mergekit_pave.calibration.generate import LENGTH
 from mergekit_pave.calibration.limits import length_limit, main_input
+from mergekit_pave.calibration.needs import empty_inputs
 from mergekit_pave.calibration.rows import open_rows
 from mergekit_pave.models.layers import empty_model, linear_layers
 from mergekit_pave.models.source import LoaderOptions, read_config
@@ -35,25 +35,12 @@ def sites_of(config: PretrainedConfig, trust_remote_code: bool = False) -> list[
     modules = linear_layers(model).modules
     try:
         with _quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
-            plan = plan_sites(model, modules, _batch(model), device=torch.device("meta"))
+            batch = empty_inputs(model.config, model.main_input_name == "pixel_values")
+            plan = plan_sites(model, modules, batch, device=torch.device("meta"))
             return [site for site in plan if site.calls]
     except Exception as error:  # whatever a model's code cannot do without values
         logger.info("No forward pass of %s without weights: %s", type(model).__name__, error)
         return plan_sites(model, modules, None)
-
-
-def _batch(model: PreTrainedModel) -> dict[str, Tensor]:
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (1, getattr(config, "num_channels", 3), height, width)
-        return {"pixel_values": torch.ones(shape, device="meta")}
-    tokens = torch.ones(1, 8, dtype=torch.long, device="meta")
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = tokens
-    return batch
 
 
 @contextmanager

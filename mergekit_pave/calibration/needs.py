@@ -31,7 +31,7 @@ def missing_input(config: PreTrainedConfig, images: bool) -> str | None:
     try:
         with torch.device("meta"), torch.inference_mode():
             model = cls(copy.deepcopy(config)).eval()
-            model(**(_images(config) if images else _text(config)))
+            model(**empty_inputs(config, images))
     except Exception as error:
         said = f"{type(error).__name__}: {error}".split("\n")[0]
         if _MISSING.match(said):
@@ -43,17 +43,14 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
 
 
-def _text(config: PreTrainedConfig) -> dict[str, Tensor]:
-    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-def _images(config: PreTrainedConfig) -> dict[str, Tensor]:
+def empty_inputs(config: PreTrainedConfig, images: bool) -> dict[str, Tensor]:
+    """One image or four tokens for a model of that config, on the `meta` device."""
+    if not images:
+        ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {**inputs, "decoder_input_ids": ids} if config.is_encoder_decoder else inputs
     vision = next((c for c in _parts(config) if getattr(c, "image_size", None)), config)
     size = getattr(vision, "image_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(vision, "num_channels", 3)
-    return {"pixel_values": torch.zeros(1, channels, height, width, device="meta")}
+    return {"pixel_values": torch.ones(1, channels, height, width, device="meta")}

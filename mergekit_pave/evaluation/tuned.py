@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -72,7 +73,7 @@ def tune(
     recipe = read_recipe(Path(config)) if isinstance(config, (str, Path)) else None
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     out = Path(out)
-    raw = recipe.raw if recipe else config
+    raw: Any = recipe.raw if recipe else config
     spaces = [space_of(raw, name) for name in methods] or [space_of(raw)]
     _refuse_small(budget, spaces)
     draws = any(e.calibrated for space in spaces for e in Recipe.of(space.raw).inputs)
