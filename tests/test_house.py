@@ -143,8 +143,10 @@ CALLED_FROM_OUTSIDE = {
 
 
 def names_used() -> set[str]:
-    """Every name that the package loads, imports, or names as `module:name`."""
-    found: set[str] = set()
+    """Every name that the package loads, imports, names as `module:name`, or asks in a template."""
+    templates = "".join(path.read_text("utf-8") for path in PACKAGE.rglob("templates/*"))
+    asked = re.findall(r"\{[{%](.*?)[%}]\}", templates, re.DOTALL)
+    found = set(re.findall(r"\w+", " ".join(asked)))
     for path in modules():
         tree = ast.parse(path.read_text("utf-8"))
         for top in tree.body:
