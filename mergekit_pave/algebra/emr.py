@@ -10,7 +10,7 @@ With task vectors d_t = w_t - w_0, elementwise (the paper's Elect, Mask and Resc
 
 The merged model is w_0 + u. At every place it is the weight of one of the models or of the
 base, so `elect` picks instead of adding: in any dtype the result has no rounding error, and u
-can be told from it and the base exactly.
+follows from it and the base exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def elect(base: Tensor, models: Sequence[Tensor]) -> Tensor:
 
 
 def trace(base: Tensor, model: Tensor, merged: Tensor) -> Trace:
-    """What one task needs to be told from the merged weight: its mask, and the rescaler's sums."""
+    """What recovers one task from the merged weight: its mask, and the sums of the rescaler."""
     own, unified = _task_vector(base, model), _task_vector(base, merged)
     # Where d_t has the elected sign, u is at least as large, so the sign of u is s. A product
     # of the two could underflow.

@@ -34,7 +34,7 @@ CONVERGED = 4.0
 EXACT = 6.0
 # Largest eigenvalue over the `k`-th: beyond, float32 does not tell the `k`-th from its neighbours.
 SPREAD = 400.0
-# Of the directions, one in so many on either side of the `k`-th is told apart once more.
+# One in so many directions on either side of the `k`-th is separated a second time.
 WINDOW = 8
 # Columns from which on float32 pays. Below, everything takes milliseconds.
 LARGE = 256

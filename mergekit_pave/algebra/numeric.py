@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def summed(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of tensors that nobody else needs: it is taken in the first, with one more at hand.
+    """The sum of tensors, added up in the first of them, which is overwritten; two exist at a time.
 
     Raises:
         ValueError: there are none.

@@ -15,7 +15,7 @@ from mergekit_pave.algebra.leading import gram_eigh
 # Eigenvalue of a Gram matrix over its largest: above, its root has as many digits as an SVD's.
 WELL_CONDITIONED = 1e-7
 # Singular value of a stack over its largest: below, directions of two tasks are the same one, as
-# exactly as float32 can have it. No higher: directions of real tasks come close to each other.
+# exactly as float32 can say. A higher bound would join directions of real tasks, which come close.
 COINCIDENT = 1e-7
 # The same where the directions were found in float32: below, they may be the same one.
 DOUBTFUL = 1e-5

@@ -38,7 +38,7 @@ TOLERANCE = 2e-7
 MIN_GAP = 1e-2
 # The error of a singular value is the square of its vector's angle.
 VALUE_TOLERANCE = 1e-5
-# Pivots this small, relative to the largest, cannot be told from zero after the QR.
+# Pivots this small, relative to the largest, may be zero: the QR's rounding hides the difference.
 SINGULAR = 1e-13
 # A tall weight's own factor may come from `W^T W` while that costs it no digits that matter.
 WELL_CONDITIONED = 1e-2

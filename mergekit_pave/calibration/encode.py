@@ -179,7 +179,7 @@ class TextEncoder:
             **({"text_target": text} if target else {"text": text, "text_pair": pair}),
             add_special_tokens=add_special_tokens, padding=False,
             truncation=True, max_length=self.limit)
-        # A limit below the special tokens of a pair is one that tokenizers pass over.
+        # Tokenizers ignore a limit that is below the number of special tokens of a pair.
         ids = encoded["input_ids"][: self.limit]
         if set(ids) <= set(self.tokenizer.all_special_ids):
             raise SkipRow("no token that the tokenizer knows")

@@ -48,7 +48,7 @@ _SENTENCES = (
      "{where} has no data files; put .jsonl, .json, .csv, .parquet, .txt or image files there."),
 )
 
-# Tried after looking for damage, of which these can be a mere consequence.
+# Tried after looking for damage in the files, which can be the cause of these.
 _VAGUE = (
     (r"corresponds to no data|StopIteration|SchemaInferenceError|EmptyDataError",
      "{where} has no rows in split {split!r}; name data that has some."),

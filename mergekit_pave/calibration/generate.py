@@ -210,7 +210,7 @@ class _Ended(StoppingCriteria):
         return torch.tensor(ended, device=ids.device)
 
 
-# Tokens drawn per row at most: a forward pass each, which no row of a dataset costs.
+# Tokens drawn per row at most; each costs a forward pass.
 LENGTH = 256
 FORMAT = 1
 
@@ -301,7 +301,7 @@ def _generate(
 
 
 def _release(device: torch.device) -> None:
-    """Have the memory back before the same model is placed again, by what is free then."""
+    """Free the memory of the model, since the next one is placed by what is free then."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()

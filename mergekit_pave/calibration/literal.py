@@ -2,8 +2,7 @@
 
 `datasets` hands every path to a glob: `rows[1].jsonl` reads `rows1.jsonl`, `part*.jsonl` reads
 all that begin with `part`, `a::b` is `a` inside the archive `b`, and no glob finds a name with a
-line break. It has no way to say that a name is meant as it is written, so such data are read
-through links with plain names.
+line break. Names cannot be escaped, so such data are read through links with plain names.
 """
 
 from __future__ import annotations

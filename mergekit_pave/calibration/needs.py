@@ -1,4 +1,4 @@
-"""What a model cannot run without: some take text and images in one forward pass only."""
+"""Whether a model runs on text alone or on images alone: some need both in one forward pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 
 from mergekit_pave.models.layers import class_name
 
-# How a forward pass ends in which an input is missing. Whatever else goes wrong here, such as an
-# operation that needs values, says nothing of the model.
+# How a forward pass ends in which an input is missing. Other errors, such as of an operation that
+# needs values, do not mean that.
 _MISSING = re.compile(
     r"ValueError: .*specify.*|AttributeError: 'NoneType'.*|TypeError: .* missing \d+ required.*")
 

@@ -104,8 +104,7 @@ def first_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def marks_of(tree: Any) -> list[Tensor]:
-    """Entries, evenly spread, of all floating tensors of a tree: enough to tell them from others.
-    """
+    """Evenly spread entries of all floating tensors of a tree, which identify them."""
     flat = [
         leaf.detach().reshape(-1) for leaf in tree_leaves(tree)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()]

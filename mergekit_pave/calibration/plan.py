@@ -12,7 +12,7 @@ from mergekit_pave.calibration.collect import SitePlan, plan_sites, windows
 from mergekit_pave.calibration.observed import observed
 from mergekit_pave.models.layers import LinearLayers
 
-# Of the memory for sums what the states between two blocks may take.
+# Share of the memory for sums that the states between two blocks may take.
 STATES = 0.25
 
 

@@ -134,8 +134,8 @@ class Workers:
         if messages and self.main:
             raise PaveError(messages[0]) from error
         if messages:
-            # A launcher ends all processes with the first one: not before the main one has
-            # spoken, whose end is the end of this wait.
+            # A launcher kills all processes when one exits. So this one waits until the main one
+            # has printed the message; the barrier fails when that one exits.
             with suppress(RuntimeError):
                 dist.barrier()
             raise Elsewhere(messages[0]) from error
@@ -215,7 +215,7 @@ def _speaking() -> Iterator[None]:
 
 def _warn_if_alone() -> None:
     # accelerate starts one process, whatever --num_processes says, unless it finds several
-    # accelerators or is told --multi_gpu; then it sets a port, but nobody to use it.
+    # accelerators or is given --multi_gpu. It then sets a port that no other process uses.
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         logger.warning(
             "accelerate launch has started one process only; on a machine without several "

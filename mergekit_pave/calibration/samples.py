@@ -219,7 +219,7 @@ def _report(
 
 
 def _show(item: dict[str, Tensor], encoder: TextEncoder | ImageEncoder) -> None:
-    """Log the start of one sample, in which a wrong template or a doubled token is seen."""
+    """Log the start of one sample, so that a wrong template or a doubled token shows."""
     if isinstance(encoder, TextEncoder) and encoder.tokenizer is not None:
         text = encoder.tokenizer.decode(item["input_ids"][:64])
         logger.info("First sample of %s: %r", encoder.model, text)

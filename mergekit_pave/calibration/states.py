@@ -1,4 +1,4 @@
-"""What lies between two blocks of a model: in memory up to a bound, beyond it on disk."""
+"""The tensors between two blocks of a model, in memory up to a bound, beyond it on disk."""
 
 from __future__ import annotations
 

@@ -62,8 +62,7 @@ def cached_store(
     """The store for this model and data from the cache, computed first if it is not there.
 
     Its address is the content of both: the model's weights and settings, and the calibration
-    tensors.
-    Processes that want the same store wait for one another; an interrupted one is resumed.
+    tensors. Processes that want the same store wait for one another; an interrupted one is resumed.
     """
     samples = samples_of(source, spec, resources)
     identity = source.identity()
@@ -75,8 +74,7 @@ def cached_store(
             if not (folder / MANIFEST).exists():
                 compute(source, samples, folder, resources, spec.batch_size, identity)
     store = CovarianceStore(folder)
-    # The same rows may have had another name when they were counted, one that is not to be
-    # published any more.
+    # The same rows may have had another name when they were calibrated, perhaps a private one.
     store.manifest["data"] = samples.about
     return store
 

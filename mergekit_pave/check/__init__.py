@@ -4,11 +4,11 @@
 mergekit itself ignores unknown keys and reads lists as gradients over the layers.
 
     keys     the YAML alone: names, places and values of keys
-    inputs   what the merge is made of: base, fine-tunes, slices
-    output   what mergekit would only notice when it writes
-    planned  names and shapes that mergekit plans, against those in the models' files
+    rules    what the merge is made of (base, fine-tunes, slices), and what mergekit would only
+             notice when it writes
     models   configs, calibration data and covariance stores
-    settings what lies beside the weights, and differs between base and fine-tunes
+    planned  names and shapes that mergekit plans, against those in the models' files
+    settings configs and tokenizers that differ between base and fine-tunes
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     seconds = (per_parameter * parameters + per_operation * operations) * models / 2 * speed
 
-What reads, casts and adds grows with the parameters; what factorises grows with
+Reading, casting and adding grow with the parameters; factorising grows with
 `out * in * min(out, in)` of every linear layer. The rates are those that
 `tests/benchmarks/real_size.py` measures with two fine-tunes in bfloat16; `speed` is the time of one
 float32 product on this machine over its time there.

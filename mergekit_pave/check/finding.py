@@ -1,4 +1,4 @@
-"""What a check found, and the words for keys that are almost right."""
+"""What a check found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Finding:
     """One thing to know: `level` is `error` or `warning`, `where` a path into the YAML.
 
-    `said_again`: by the calibration, so that the merge need not say it before.
+    `said_again`: the calibration says it, too, so that a merge need not say it before.
     """
 
     level: str

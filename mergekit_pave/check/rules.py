@@ -1,4 +1,4 @@
-"""What a merge is made of: its base, its fine-tunes with their parameters, its slices."""
+"""Whether base, fine-tunes, parameters and slices make a merge, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _place(model: ModelReference) -> tuple[str, ...]:
 
 
 def _check_weights(where: str, entries: Sequence[Input]) -> Iterator[Finding]:
-    """A merge has to be one of something."""
+    """A merge in which every weight or lambda is 0 changes nothing."""
     if entries and all(entry.is_zero("weight") for entry in entries):
         yield error(where, "every weight is 0, which leaves nothing to merge; raise one.")
     elif entries and all(entry.is_zero("lambda") for entry in entries):
@@ -119,7 +119,7 @@ def _check_weights(where: str, entries: Sequence[Input]) -> Iterator[Finding]:
 
 
 def _check_emr(recipe: Recipe) -> Iterator[Finding]:
-    """Its masks are told from one base, by one rescaler, whatever the slices."""
+    """All masks belong to one base and one rescaler, whatever the slices."""
     config = recipe.config
     for group in recipe.groups:
         base = group.base

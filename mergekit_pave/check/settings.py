@@ -1,7 +1,7 @@
-"""What of a model is not in its tensors, and differs between the base and the fine-tunes.
+"""Settings outside of the weights that differ between the base and the fine-tunes.
 
-A merge has the base's config, and what lies beside it: rope and activation, end token and chat
-template. A fine-tune that was trained with others does not work the same on them.
+A merge has the base's config and tokenizer: rope and activation, end token and chat template. A
+fine-tune that was trained with other settings does not work the same with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mergekit_pave.models.source import INCIDENTAL, LoaderOptions, read_config, 
 from mergekit_pave.recipe.inputs import unwrapped
 from mergekit_pave.recipe.recipe import Recipe
 
-# What changes no output of a trained model, is met as an error (shapes), or is compared below.
+# Settings that change no output of a trained model, are refused elsewhere (shapes), or are
+# compared below.
 _NO_MATTER = {
     *INCIDENTAL, "architectures", "attn_implementation", "bos_token_id", "chunk_size_feed_forward",
     "decoder_start_token_id", "eos_token_id", "finetuning_task", "gradient_checkpointing",
@@ -156,13 +157,13 @@ def _generation(model: ModelReference, options: LoaderOptions) -> dict[str, Any]
 def _json(part: ModelPath, name: str, options: LoaderOptions) -> dict[str, Any]:
     try:
         values = json.loads(_read(part, name, options) or "{}")
-    except ValueError:  # a damaged file is for those to tell who need it
+    except ValueError:  # whoever needs the damaged file will say so
         return {}
     return values if isinstance(values, dict) else {}
 
 
 def _read(part: ModelPath, name: str, options: LoaderOptions) -> str | None:
-    """A small file of a model; `None` where there is none, or it cannot be had."""
+    """A small file of a model; `None` where it is missing or cannot be downloaded."""
     try:
         if os.path.isdir(part.path):
             return (Path(part.path) / name).read_text("utf-8")

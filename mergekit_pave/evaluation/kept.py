@@ -1,4 +1,4 @@
-"""Results that are kept by the content of what they depend on: repeating costs nothing."""
+"""A cache of results, named by the content of all that they depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a merge the stock way, for a look at it."""
+"""Running a merge as `mergekit-yaml` does, so that its result can be scored."""
 
 from __future__ import annotations
 

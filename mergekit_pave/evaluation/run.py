@@ -1,4 +1,4 @@
-"""`mergekit-pave evaluate`: merges that are there, or are made for the look, side by side."""
+"""`mergekit-pave evaluate`: finished merges, or configurations merged for it, side by side."""
 
 from __future__ import annotations
 

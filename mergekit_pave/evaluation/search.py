@@ -13,7 +13,7 @@ from collections.abc import Callable
 FACTOR = 1.5
 # Points beyond the first ones, where the best of them is at the edge.
 FURTHER = 3
-# Parabolas one after the other, and strengths that are as good as the same.
+# How many parabolas are fitted, and how close two strengths are taken for the same (a share).
 REFINED, CLOSE = 2, 0.02
 
 

@@ -83,7 +83,7 @@ def bench_of(
     """The bench of a merge: its experts with their rows, its base, the general rows.
 
     Raises:
-        PaveError: a model that cannot be read, rows that cannot be had, or no base to compare
+        PaveError: a model that cannot be read, rows that cannot be opened, or no base to compare
             general rows with.
     """
     entries = _one_for_each(recipe.inputs)

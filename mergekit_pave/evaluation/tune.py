@@ -101,7 +101,7 @@ class Tuner:
         objective: what they are compared by.
         folder: where merges lie while they are looked at.
         options: how models are loaded.
-        say: told one line for each candidate.
+        say: called with one line for each candidate.
     """
 
     bench: Bench

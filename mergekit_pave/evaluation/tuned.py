@@ -59,13 +59,13 @@ def tune(
 
     Args:
         config: its file, or what its YAML reads as.
-        out: the tuned one; merges lie beside it while they are looked at.
+        out: file of the tuned one; candidates are merged into a folder beside it.
         budget: merges or minutes, shared equally by the methods, as `--budget` takes it.
         methods: to compare; by default the configuration's own.
         rows: which rows candidates are scored on.
         options: how models are loaded.
         resources: device and memory.
-        say: told what is going on, line by line.
+        say: called with one line for each step.
 
     Raises:
         PaveError: nothing that could be tuned, no rows, a budget too small, a full disk.

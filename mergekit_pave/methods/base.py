@@ -1,4 +1,4 @@
-"""What the methods of ours share: the state of their merge, their parameters, their words."""
+"""What our methods share: the state of their merge, their parameters, and what a card says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one merge knows of its layers: which one a tensor is, and what its inputs look like."""
+"""The layers of one merge: which layer a tensor belongs to, and the covariance of its inputs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class MergeState:
         return text
 
     def _left_out(self) -> str:
-        """Matrices among the plain ones that a user takes for weights of linear layers."""
+        """Matrices merged plainly that a user may expect to be purified, by reason."""
         by_reason: dict[str, list[str]] = {}
         for name in sorted(filter(None, self.counts["plain"])):
             if name in self._reasons:
@@ -156,7 +156,7 @@ class MergeState:
         source: CovarianceSource,
         subspace: str = "covariance",
     ) -> Layer | None:
-        """The linear layer whose weight `tensor` is; `None` when it is none to purify.
+        """The linear layer whose weight `tensor` is; `None` for any other tensor.
 
         Args:
             model: mergekit's id of the input, a `ModelReference` in a YAML merge.

@@ -57,8 +57,8 @@ PARAMETERS = (
 class MatchedRegMean(CovarianceMethod):
     """`matched_regmean`: the regression where every model is known to have a linear layer.
 
-    Everything else is as in `tsv_m`. A model whose weight is the base's, or whose `weight` is 0, is
-    as good as absent there. One that is alone comes back as it is.
+    Everything else is as in `tsv_m`. A model whose weight equals the base's, or whose `weight` is
+    0, does not count there. Where one model is left, its weight is taken as it is.
     """
 
     spec = MergeMethodSpec(

@@ -139,10 +139,10 @@ class PaveMerge(StatefulMethod):
 
 
 def _contributes(entry: TensorEntry, group: TensorGroup, inner: Mapping[str, Any]) -> bool:
-    """False for a task vector that is zero anyway.
+    """False where the task vector is zero, or its `weight` is.
 
-    Projecting a weight that equals the base's would give it a task vector: minus the base
-    in the dropped directions.
+    Purifying a weight that equals the base's would give it a task vector: minus the base in the
+    dropped directions.
     """
     weights = inner.get("weight")
     if isinstance(weights, Mapping) and weights.get(entry.id) == 0:

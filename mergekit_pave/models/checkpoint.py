@@ -91,7 +91,7 @@ def checkpoint(
 def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
     """What to say of a checkpoint that does not fit its class: an error, and a warning.
 
-    Without weights of its body a model is none; a head may be another task's.
+    A model without weights of its body is unusable; a head may belong to another task.
     """
     if item.own is None:
         return None, None

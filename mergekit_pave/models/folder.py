@@ -1,4 +1,4 @@
-"""Writing a folder as a whole, and the files of a model folder beside its weights."""
+"""The files of a model folder: weights that are complete, config, tokenizer and the like."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a model for calibration, and naming the linear layers that can be purified."""
+"""The class of a model, and the linear layers in it that can be purified."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LinearLayers:
 
 
 def warn_of_unseen(model: str, skipped: Mapping[str, str]) -> None:
-    """Of weights that a user takes for those of linear layers, and that have no covariance."""
+    """Warn of weights that look like those of linear layers and have no covariance."""
     unseen = [name for name, reason in skipped.items() if reason.startswith(("its", "fused"))]
     if unseen:
         logger.warning(

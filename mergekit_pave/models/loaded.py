@@ -1,7 +1,7 @@
 """Whether a model that transformers has loaded is what its files say.
 
 transformers starts at random what a checkpoint lacks, applies an adapter that lies in the folder,
-and may read another file than mergekit. Statistics of such a model are those of no model at hand.
+and may read another file than mergekit. Covariances of such a model fit none of the merged weights.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _files(folder: str) -> list[Path]:
 
 
 def _commit(part: ModelPath, name: str) -> str:
-    """The revision of a repository that is used now; its name where that cannot be told."""
+    """The revision of a repository that is used now; its name where the Hub does not say."""
     path = _downloaded(part, name)
     return path.parent.name if path else str(part.revision)
 

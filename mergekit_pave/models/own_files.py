@@ -1,7 +1,7 @@
-"""What of a fine-tune lies beside its tensors, for a merge that gives the fine-tune back.
+"""The files of a fine-tune beside its weights, for a merge that gives the fine-tune back.
 
-A model is more than its weights: its labels, its rope and its end token stand in its config, and
-its words in its tokenizer. The merged model has those of the base.
+The config holds labels, rope and end token, and the tokenizer the vocabulary. The merged model has
+those of the base, so a task's model needs its own.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class ClassNames:
         return tuple(target for target in found if target in self._state)
 
     def ignores(self, name: str) -> bool:
-        """Whether transformers itself leaves such a tensor of a checkpoint out, and rightly."""
+        """Whether transformers leaves such a tensor of a checkpoint out, by its own lists."""
         if is_buffer(name):
             return True
         own, _ = self._renamed(name)

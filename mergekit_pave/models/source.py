@@ -125,7 +125,7 @@ def _has_tokenizer(adapter: ModelPath, options: LoaderOptions) -> bool:
 
 
 def tokenizer_folder(source: ModelSource) -> Path | None:
-    """Where the tokenizer of a model lies on this machine; `None` where it cannot be had."""
+    """Where the tokenizer of a model lies on this machine; `None` where it cannot be downloaded."""
     path = ModelPath(path=source.tokenizer, revision=source.revision)
     try:
         return Path(ModelReference(model=path).local_path(source.cache_dir))

@@ -1,4 +1,4 @@
-"""The linear layers of a model by the names of its checkpoint, and why other weights are none."""
+"""The linear layers of a model by their names in its checkpoint, and why other weights are not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LayerTable = dict[tuple[str, tuple[int, ...]], bool]
 def layer_table(
     config: PretrainedConfig, trust_remote_code: bool, label: str, folder: Path | str | None = None
 ) -> LayerTable:
-    """The linear layers of a model, told from its config and its files' headers alone.
+    """The linear layers of a model, from its config and the headers of its files alone.
 
     Args:
         config: names the class.

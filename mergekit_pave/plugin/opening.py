@@ -96,9 +96,9 @@ def _masks(
 def keep_own_files(
     masks: Recorder, entries: Sequence[Input], out: Path, loading: LoaderOptions
 ) -> None:
-    """Keep what lies beside each fine-tune's tensors, once the merge is written to `out`.
+    """Keep each fine-tune's config, tokenizer and the like, once the merge is written to `out`.
 
-    A merge that wrote no masks, or no config, is none that gives its fine-tunes back.
+    A merge without masks or config gives no fine-tune back, and keeps nothing.
     """
     if not masks.tensors or not (out / CONFIG).is_file():
         return

@@ -78,7 +78,7 @@ def _replace(out: Path, inner: Path) -> None:
 
 
 def _earlier(out: Path) -> list[Path]:
-    """The files of an earlier merge; of a folder that is none, only what is known to be ours."""
+    """The files of an earlier merge; in a folder without one, only files known to be ours."""
     found = [*record.files(out), *masks.files(out)]
     if (out / CONFIGURATION).is_file() or found:
         known = [out / name for name in (_CARD, CONFIGURATION)]

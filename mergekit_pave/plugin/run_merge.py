@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # The copy of a method that the merge of this context works with. A planner takes it over in the
 # thread that called `run_merge`; worker threads find it in mergekit's registry, by its own name.
 _METHOD: ContextVar[StatefulMethod | None] = ContextVar("method", default=None)
-# What the merge of this context is planned by.
+# The architecture that mergekit plans the merge of this context by.
 _ARCHITECTURE: ContextVar[ModelArchitecture | None] = ContextVar("architecture", default=None)
 
 

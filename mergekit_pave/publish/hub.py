@@ -105,7 +105,7 @@ def check_target(repo_id: str, token: str | None = None) -> str:
     """The token to publish with; what can be known to fail before hours of work fails here.
 
     Raises:
-        PaveError: `repo_id` is none, or nobody is logged in.
+        PaveError: `repo_id` is not the id of a repository, or nobody is logged in.
     """
     try:
         validate_repo_id(repo_id)

@@ -48,8 +48,8 @@ def _public_part(part: str, local: Collection[str]) -> str:
 def scrub_card(text: str, raw: Any, local: Collection[str] = ()) -> str:
     """A model card without the local paths of its configuration, wherever they are.
 
-    Its block of YAML becomes that of `scrub_configuration`. Any other path may as well be a link of
-    the user's own.
+    Its block of YAML becomes that of `scrub_configuration`. Other paths stay: they may be
+    links that the user has written.
     """
     fenced = f"```yaml\n{scrub_configuration(raw, local)}```"
     text = _YAML_BLOCK.sub(
@@ -57,7 +57,7 @@ def scrub_card(text: str, raw: Any, local: Collection[str] = ()) -> str:
     for path in sorted({*local_paths(raw), *local}, key=len, reverse=True):
         exact = rf"(?<![\w./~\\-]){re.escape(path)}(?![\w\\/-]|\.\w)"
         public = name_of(path) if "://" in path else last_part(path)
-        # As a template the name would be read for backslashes.
+        # `re.sub` would read backslashes in the name as groups.
         text = re.sub(exact, public.replace("\\", r"\\"), text)
     return text
 

@@ -92,27 +92,27 @@ class Input:
 
     @property
     def ranked(self) -> bool:
-        """Whether they tell what is purified."""
+        """Whether its covariances rank the directions that purification removes."""
         if not purifies(self.method):
             return False
         return self.can_be("rank_ratio") != {1} and "covariance" in self.can_be("subspace")
 
     @property
     def told_by_name(self) -> bool:
-        """Whether any tensor's layer is told by its name, with no covariance to tell it."""
+        """Whether any layer is found by its name, because no covariance store names it."""
         if self.estimated:
             return True
         return purifies(self.method) and not self.can_be("subspace") <= {"covariance"}
 
     @property
     def estimated(self) -> bool:
-        """Whether they are told from the task vector."""
+        """Whether its covariances are estimated from the task vector."""
         data_free = self.get("calibration_dataset") == DATA_FREE and not self.get("covariance")
         return self.looked_at and data_free
 
     @property
     def calibrated(self) -> bool:
-        """Whether they have to be computed from data, or read from a store."""
+        """Whether its covariances have to be computed from data, or read from a store."""
         return self.looked_at and not self.estimated
 
 

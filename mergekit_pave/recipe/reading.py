@@ -1,4 +1,4 @@
-"""From a YAML file to mergekit's configuration, every complaint as one sentence."""
+"""From YAML to mergekit's configuration; every fault becomes one sentence."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _reason(fault: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML readers silently keep the last."""
+    """Refuses a key that is given twice; other YAML readers silently keep the last one."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()

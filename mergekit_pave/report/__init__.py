@@ -1,6 +1,6 @@
 """What purification does to one merge, as numbers (`report.json`), figures and a page.
 
-`measure` is algebra on tensors, `gather` finds the tensors, `build` makes the one dictionary
-that `summary`, `figures` and `page` read. Nothing of a merge imports this package.
+`measure` computes the numbers of one weight, `merge` and `survey` find the weights, `build` makes
+the dictionary that `figures` and `page` read.
 """
 

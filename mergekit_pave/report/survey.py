@@ -39,7 +39,7 @@ def open_merge(
     """Check a configuration, open its models and stores (calibrating what is absent).
 
     Raises:
-        PaveError: what `mergekit-pave check` finds, or a store that cannot be had.
+        PaveError: what `mergekit-pave check` finds, or a store that cannot be opened or computed.
     """
     recipe = Recipe.of(read_raw(path))
     config = recipe.config
@@ -107,7 +107,7 @@ def _is_whole(
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
-    """Labels told apart: folders of the same name in different places get a number."""
+    """Distinct labels: folders of the same name in different places get a number."""
     seen: Counter[str] = Counter()
     result = []
     for label in labels:
@@ -120,7 +120,7 @@ def place(name: str) -> tuple[int | None, str]:
     """`(12, "self_attn.q_proj")` for `model.layers.12.self_attn.q_proj.weight`.
 
     The first number counts layers; later ones (experts, sublayers) become `*`. Encoder and
-    decoder layers of the same kind are told apart.
+    decoder layers of the same kind get different names.
     """
     stem = name.removesuffix(".weight")
     found = _NUMBERED.search(stem)

@@ -133,7 +133,7 @@ class StoreWriter:
                 "%s is damaged or of another calibration: it stays, and is not used.", file)
 
     def take(self, moments: dict[str, SecondMoment]) -> None:
-        """Write the window of these sums, and let go of each as soon as it is folded."""
+        """Write these sums to a file; each is freed as soon as it is folded."""
         folded, sites = {}, {}
         if not moments:
             return

@@ -1,4 +1,4 @@
-"""What it takes for a file to outlive a power cut."""
+"""Files and folders that appear complete or not at all, and survive a power cut."""
 
 from __future__ import annotations
 

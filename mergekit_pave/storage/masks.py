@@ -62,7 +62,7 @@ class Masked:
         shape: of the tensor.
         dtype: in which it was merged.
         base: `identity` of the base's values in that dtype.
-        keeps_base: those values lie beside the masks.
+        keeps_base: those values are stored with the masks.
         tasks: the tasks merged here; the lists below have an item for each.
         own: `sum |d_t|`.
         unified: `sum |M_t u|`.
@@ -213,7 +213,7 @@ class Recorder:
             self._files.hold(held)
 
     def keep(self, model: Hashable, files: Mapping[str, bytes | None]) -> None:
-        """Take what lies beside one model's tensors: content by name, `None` for the merge's."""
+        """Take one model's other files: content by name, `None` for that of the merged model."""
         task = self.tasks[model]
         with self._lock:
             self._companions[task] = tuple(files)
@@ -310,7 +310,7 @@ class TaskMasks:
         return self._archive.tensor(name + _BASE)
 
     def companions(self, task: int) -> dict[str, bytes | None]:
-        """What lies beside one task's tensors: content by name, `None` for the merge's file."""
+        """The other files of one task: content by name, `None` for the merged model's file."""
         found: dict[str, bytes | None] = {}
         for name in self._companions[task]:
             key = _beside(name, task)

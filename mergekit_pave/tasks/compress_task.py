@@ -31,7 +31,7 @@ from mergekit_pave.storage.low_rank import MODEL, Kept, Writer, pack
 
 @dataclass(frozen=True)
 class Settings:
-    """What `compress` was told; `dtype` None keeps the fine-tune's own."""
+    """The options of `compress`; `dtype` None keeps the fine-tune's own."""
 
     tasks: int
     rank_fraction: float | None = None

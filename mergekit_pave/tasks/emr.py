@@ -1,7 +1,7 @@
 """The task models of an EMR merge: loaded with transformers, or written as ordinary folders.
 
-A task's weight is told from the merged one, the base's and one bit per entry (`merging.emr`), a
-tensor at a time.
+A task's weight is computed from the merged one, the base's and one bit per entry (`algebra.emr`),
+one tensor at a time.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def load_task_model(
     config, generation = _own_settings(folder, task, trust_remote_code)
     config = kwargs.pop("config", None) or config
     state = dict(task_tensors(folder, task, base=base, rescaler=rescaler, options=options))
-    # An `AutoModel` looks for the code of a repository, and there is none: only a state.
+    # An `AutoModel` would look for a repository with the model's code; here is only a state.
     concrete: Any = type(empty_model(config, trust_remote_code))
     wants_info = kwargs.pop("output_loading_info", False)
     with BUILDING:
