@@ -47,10 +47,10 @@ BLOCK = "mergekit-pave"
 def write_card(folder: Path | str) -> str:
     """Complete the card of the merged model in `folder`; return its text.
 
-    Writes README.md, mergekit_config.yml and, if the merge left none, `record.NAME`.
+    Writes README.md and mergekit_config.yml.
 
     Raises:
-        PaveError: no output of mergekit, or of a method that is not ours.
+        PaveError: no output of mergekit, of a method that is not ours, or without a record.
     """
     folder = Path(folder)
     card_text, source = (_read(folder, name) for name in (CARD, CONFIGURATION))
@@ -62,9 +62,12 @@ def write_card(folder: Path | str) -> str:
             f"{folder} was merged with {config.merge_method}, which is no method of mergekit-pave: "
             "mergekit's own card says all there is."
         )
-    found = record.read(folder)
-    known = found is not None and found["merge_method"] == config.merge_method
-    facts = found if found is not None and known else record.of_configuration(recipe)
+    facts = record.read(folder)
+    if facts is None or facts.merge_method != config.merge_method:
+        raise PaveError(
+            f"{folder} has no record of this merge ({record.NAME}), which says what its data were: "
+            "merge again."
+        )
     local = record.local_names(recipe, facts)
     clean_source = scrub.scrub_configuration(raw, local)
     card = parsed_card(folder / CARD, scrub.scrub_card(card_text, raw, local))
@@ -73,8 +76,6 @@ def write_card(folder: Path | str) -> str:
     card.text = with_block(card.text, BLOCK, section(recipe, facts, figure))
     text = str(card)
     # The configuration comes last: it tells a second run which paths the card may still hold.
-    if not known:
-        record.write(folder, facts)
     write_text(folder / CARD, text)
     write_text(folder / CONFIGURATION, clean_source)
     return text
@@ -102,7 +103,7 @@ def _parse(folder: Path, source: str) -> Any:
     return raw
 
 
-def _complete_metadata(card: ModelCard, recipe: Recipe, facts: Mapping) -> None:
+def _complete_metadata(card: ModelCard, recipe: Recipe, facts: record.Record) -> None:
     data: Any = card.data  # its attributes are the keys of the card
     tags = ["pave"] if purifies(recipe.method) else []
     tags += [name for name in [recipe.inner.spec.name] if name in ABOUT]
@@ -110,11 +111,11 @@ def _complete_metadata(card: ModelCard, recipe: Recipe, facts: Mapping) -> None:
     data.base_model = _parents(recipe, facts, data.base_model)
     if data.base_model:
         data.base_model_relation = "merge"
-    datasets = [m["data"]["dataset"] for m in facts["models"] if _on_hub(m["data"])]
+    datasets = [m.data["dataset"] for m in facts.models if m.data and _on_hub(m.data)]
     data.datasets = _unique([*_listed(data.datasets), *datasets]) or None
 
 
-def _parents(recipe: Recipe, facts: Mapping, listed: Any) -> list[str] | None:
+def _parents(recipe: Recipe, facts: record.Record, listed: Any) -> list[str] | None:
     """Hub ids of base and models, in the order of the configuration; mergekit's has none."""
     references = [recipe.config.base_model, *(entry.model for entry in recipe.inputs)]
     order = [path for ref in references if ref for path in paths_of(ref)]
@@ -122,13 +123,13 @@ def _parents(recipe: Recipe, facts: Mapping, listed: Any) -> list[str] | None:
     local = record.local_names(recipe, facts)
     local |= {last_part(name) for name in local}
     found = {name for name in _listed(listed) if not is_local(name)} - local
-    found |= {name for about in (facts["base"], *facts["models"]) if about for name in about["hub"]}
+    found |= {name for parent in (facts.base, *facts.models) if parent for name in parent.hub}
     ordered = [name for name in _unique([*order, *sorted(found)]) if name in found]
     return [name for name in ordered if _is_repo_id(name)] or None
 
 
-def _on_hub(data: Mapping[str, Any] | None) -> bool:
-    if not data or data["local"] or data.get("generated") or data["dataset"] == DATA_FREE:
+def _on_hub(data: Mapping[str, Any]) -> bool:
+    if data["local"] or data.get("generated") or data["dataset"] == DATA_FREE:
         return False
     return _is_repo_id(data["dataset"])
 
@@ -149,31 +150,27 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def section(recipe: Recipe, facts: Mapping, figure: str | None = None) -> str:
+def section(recipe: Recipe, facts: record.Record, figure: str | None = None) -> str:
     """Method, calibration and citation, as Markdown."""
     inner, purified = recipe.inner, _purified(recipe, facts)
     parameters, about = recipe.config.parameters, ABOUT.get(inner.spec.name)
     method: Any = recipe.method if purified else inner
     # What a twin counts is what it purified.
-    counted = facts["tensors"] and (purified or not purifies(recipe.method))
+    counted = facts.tensors and (purified or not purifies(recipe.method))
     return rendered(
         "merge.md", about=about, settings=_method_settings(inner, parameters),
         inner=inner.spec.name, untouched=purifies(recipe.method) and not purified,
         purified=purified, calibrated=purified or getattr(inner, "solves", False), pave=PAVE,
         how=_purification(parameters), models=_table(facts, purified),
-        counts=facts["tensors"] if counted else None, treated=getattr(method, "treated", ""),
-        known=[model for model in facts["models"] if model["statistics"]],
+        counts=facts.tensors if counted else None, treated=getattr(method, "treated", ""),
+        known=[model for model in facts.models if model.statistics],
         figure=figure if purified else None,
         papers=([PAVE] if purified else []) + [*(about.papers if about else ())])
 
 
-def _purified(recipe: Recipe, facts: Mapping) -> bool:
+def _purified(recipe: Recipe, facts: record.Record) -> bool:
     """Whether any tensor was: not by a method that is no twin, nor with `rank_ratio: 1.0`."""
-    if not purifies(recipe.method):
-        return False
-    if counts := facts["tensors"]:
-        return counts["purified"] > 0
-    return any(entry.can_be("rank_ratio") != {1} for entry in recipe.inputs)
+    return purifies(recipe.method) and facts.tensors is not None and facts.tensors.purified > 0
 
 
 def _method_settings(method: MergeMethod, parameters: Mapping[str, Any] | None) -> str:
@@ -184,11 +181,10 @@ def _method_settings(method: MergeMethod, parameters: Mapping[str, Any] | None) 
     return ", ".join(f"`{name}` {value}" for name, value in values.items() if value is not None)
 
 
-def _table(facts: Mapping, purified: bool) -> str:
-    # A merge that is known to have ended tells whose data it did not need, as of a weight of 0.
-    rows = [
-        [model["id"], _data(model["data"]), *_amounts(model["data"]), _kept(model["ranks"])]
-        for model in facts["models"] if model["data"] or model["ranks"] or not facts["tensors"]]
+def _table(facts: record.Record, purified: bool) -> str:
+    # A model that the merge did not look at, as with a weight of 0, has neither data nor ranks.
+    rows = [[model.id, _data(model.data), *_amounts(model.data), _kept(model.ranks)]
+            for model in facts.models if model.data or model.ranks]
     if not rows:
         return ""
     head = ["model", "data", "samples", "tokens", "ranks kept"]
@@ -213,11 +209,9 @@ def _data(data: Mapping[str, Any] | None) -> str:
 
 
 def _amounts(data: Mapping[str, Any] | None) -> tuple[str, str]:
-    """Samples and tokens, `-` where the statistics were not found."""
-    used, tokens = (data or {}).get("used"), (data or {}).get("tokens")
-    asked = (data or {}).get("requested")
-    samples = f"{used:,}" if used else f"at most {asked:,}" if asked else "-"
-    return samples, f"{tokens:,}" if tokens else "-"
+    """Samples and tokens, `-` where there are none."""
+    used, tokens = ((data or {}).get(key) for key in ("used", "tokens"))
+    return f"{used:,}" if used else "-", f"{tokens:,}" if tokens else "-"
 
 
 def _kept(ranks: Mapping[str, tuple[int, int]] | None) -> str:

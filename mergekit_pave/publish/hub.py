@@ -56,7 +56,7 @@ def merge_files(folder: Path) -> list[str]:
     own = (CARD, CONFIGURATION, record.NAME, *(name for name in FIGURES if f"({name})" in card))
     names += [name for name in own if (folder / name).is_file()]
     facts = record.read(folder)
-    emr = facts is not None and facts["merge_method"] in ("emr", "pave_emr")
+    emr = facts is not None and facts.merge_method in ("emr", "pave_emr")
     if emr or masks.files(folder):
         names += [f"{masks.FOLDER}/{name}" for name in masks.TaskMasks(folder).files]
     return _within(folder, names)

@@ -29,9 +29,14 @@ from mergekit_pave.calibration.processes import Workers
 from mergekit_pave.calibration.samples import load_samples
 from mergekit_pave.check import check
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import LoaderOptions, ModelSource
+from mergekit_pave.plugin import register
+from mergekit_pave.publish import record
+from mergekit_pave.recipe.inputs import calibration_spec, purifies
 from mergekit_pave.recipe.parameters import CalibrationSpec
 from mergekit_pave.recipe.reading import read_yaml
+from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.covariances import CovarianceStore, StoreWriter, Weight
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -279,7 +284,28 @@ def make_output(folder: Path, source: str) -> Path:
     config = MergeConfiguration.model_validate(yaml.safe_load(source))
     (folder / "README.md").write_text(generate_card(config, source, folder.name), "utf-8")
     (folder / "mergekit_config.yml").write_text(source, "utf-8")
+    register()
+    record.write(folder, as_asked(Recipe.of(yaml.safe_load(source))))
     return folder
+
+
+def as_asked(recipe: Recipe) -> record.Record:
+    """The record of a merge that found all data which its configuration names."""
+
+    def model(entry) -> record.OfModel:
+        data = None
+        if entry.calibrated and entry.get("calibration_dataset") and not entry.get("covariance"):
+            spec = calibration_spec(entry)
+            data = {"dataset": name_of(spec.dataset), "local": is_local(spec.dataset),
+                    "config": spec.config, "split": spec.split, "used": spec.num_samples}
+        found = record._names(entry.model)
+        return record.OfModel(*found, data, None, None)
+
+    counted = purifies(recipe.method) or getattr(recipe.inner, "solves", False)
+    base = record.Parent(*record._names(recipe.config.base_model))
+    return record.Record(
+        recipe.config.merge_method, "0.1.0", record.Counts(2, 1) if counted else None, base,
+        tuple(map(model, recipe.inputs)))
 
 
 # What a manifest says at least.

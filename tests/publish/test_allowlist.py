@@ -82,7 +82,7 @@ def test_a_merge_of_tasks_needs_its_masks(hub, out, damage):
     source = HUB.replace("pave_ties", "emr")
     shutil.rmtree(out / FOLDER, ignore_errors=True)
     fresh = make_output(out.parent / "emr", source)
-    for name in ("README.md", "mergekit_config.yml"):
+    for name in ("README.md", "mergekit_config.yml", "pave_report.json"):
         shutil.copy(fresh / name, out)
     add_masks(out)
     file = out / FOLDER / "masks-00000.safetensors"

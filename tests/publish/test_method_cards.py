@@ -99,13 +99,11 @@ def test_a_twin_of_a_method_of_ours_cites_both(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["pave_ties", "pave_tsv_m", "pave_regmean"])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_what_purified_nothing_does_not_claim_it(tmp_path, method, recorded):
+def test_what_purified_nothing_does_not_claim_it(tmp_path, method):
     out = own(tmp_path / "out", method, "{rank_ratio: 1.0}")
-    if recorded:
-        state = SimpleNamespace(counts={"purified": set(), "plain": {"a"}}, used={}, ranks={},
-                                data_free=set())
-        recorded_as(out, state)
+    state = SimpleNamespace(counts={"purified": set(), "plain": {"a"}}, used={}, ranks={},
+                            data_free=set())
+    recorded_as(out, state)
     text = write_card(out)
     assert f"Nothing was purified: the merge is that of `{method.removeprefix('pave_')}`." in text
     assert f"eprint = {{{PAVES}}}" not in text and "before they were merged" not in text

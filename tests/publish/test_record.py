@@ -30,13 +30,13 @@ def test_merge_leaves_its_record(tmp_path, families, card):
         assert record.read(out) is None
         return
     facts = record.read(out)
-    assert facts["merge_method"] == "pave_ties" and facts["tensors"]["purified"] == 14
-    for name, model in zip(("expert0", "expert1"), facts["models"], strict=True):
-        assert model["id"] == name and model["hub"] == []
-        assert model["data"]["used"] == 6 and model["data"]["dataset"] == "rows.jsonl"
-        assert len(model["ranks"]) == 14
-        assert model["ranks"]["model.layers.0.mlp.up_proj.weight"][0] == 32
-    both = [model["ranks"] for model in facts["models"]]
+    assert facts.merge_method == "pave_ties" and facts.tensors.purified == 14
+    for name, model in zip(("expert0", "expert1"), facts.models, strict=True):
+        assert model.id == name and model.hub == ()
+        assert model.data["used"] == 6 and model.data["dataset"] == "rows.jsonl"
+        assert len(model.ranks) == 14
+        assert model.ranks["model.layers.0.mlp.up_proj.weight"][0] == 32
+    both = [model.ranks for model in facts.models]
     for name, (full, _) in both[0].items():
         assert sum(ranks[name][1] for ranks in both) == int(0.2 * 2 * full + 0.5)
     text = write_card(out)
@@ -55,15 +55,15 @@ def merge(paths, out, method: str, experts=("expert0", "expert1"), card: bool = 
 
 
 def ids(out) -> list[str]:
-    return [model["id"] for model in record.read(out)["models"]]
+    return [model.id for model in record.read(out).models]
 
 
 def test_a_method_that_looks_at_no_data_leaves_one_too(tmp_path, families):
     """Who its parents are can be told for certain only where it ran."""
     merge(families("llama"), tmp_path / "out", "tsv_m")
     facts = record.read(tmp_path / "out")
-    assert ids(tmp_path / "out") == ["expert0", "expert1"] and facts["tensors"] is None
-    assert facts["base"] == {"id": "base", "hub": []}
+    assert ids(tmp_path / "out") == ["expert0", "expert1"] and facts.tensors is None
+    assert facts.base == record.Parent("base", ())
     assert "Calibration" not in write_card(tmp_path / "out")
 
 
@@ -81,8 +81,8 @@ def test_no_record_outlives_its_merge(tmp_path, families, second):
 def test_data_named_by_a_url_of_this_machine_is_local(tmp_path, families):
     data = write_texts(tmp_path / "rows.jsonl", rows=6)
     merge(families("llama"), tmp_path / "out", "regmean", calibration_dataset=f"file://{data}")
-    for model in record.read(tmp_path / "out")["models"]:
-        assert model["data"]["dataset"] == "rows.jsonl" and model["data"]["local"]
+    for model in record.read(tmp_path / "out").models:
+        assert model.data["dataset"] == "rows.jsonl" and model.data["local"]
 
 
 def test_without_a_network_a_local_model_is_no_question(tmp_path, families, monkeypatch):
