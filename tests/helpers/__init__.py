@@ -263,51 +263,6 @@ def invoke(*arguments) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-HUB = """\
-merge_method: pave_ties
-base_model: meta-llama/Llama-2-7b-hf
-models:
-  - model: WizardLMTeam/WizardMath-7B-V1.0
-    parameters: {weight: 1.0, density: 0.2, calibration_dataset: openai/gsm8k,
-                 calibration_config: main, text_column: "question,answer"}
-  - model: WizardLMTeam/WizardMath-7B-V1.0@other
-    parameters: {weight: 1.0, density: 0.2, calibration_dataset: openai/gsm8k}
-  - model: RedHatAI/Llama-2-7b-evolcodealpaca
-    parameters: {weight: 0.5, density: 0.2, calibration_dataset: code.jsonl}
-parameters: {rank_ratio: 0.98}
-"""
-
-
-def make_output(folder: Path, source: str) -> Path:
-    """What mergekit leaves in its output folder, without the weights."""
-    folder.mkdir(parents=True)
-    config = MergeConfiguration.model_validate(yaml.safe_load(source))
-    (folder / "README.md").write_text(generate_card(config, source, folder.name), "utf-8")
-    (folder / "mergekit_config.yml").write_text(source, "utf-8")
-    register()
-    record.write(folder, as_asked(Recipe.of(yaml.safe_load(source))))
-    return folder
-
-
-def as_asked(recipe: Recipe) -> record.Record:
-    """The record of a merge that found all data which its configuration names."""
-
-    def model(entry) -> record.OfModel:
-        data = None
-        if entry.calibrated and entry.get("calibration_dataset") and not entry.get("covariance"):
-            spec = calibration_spec(entry)
-            data = {"dataset": name_of(spec.dataset), "local": is_local(spec.dataset),
-                    "config": spec.config, "split": spec.split, "used": spec.num_samples}
-        found = record._names(entry.model)
-        return record.OfModel(*found, data, None, None)
-
-    counted = purifies(recipe.method) or getattr(recipe.inner, "solves", False)
-    base = record.Parent(*record._names(recipe.config.base_model))
-    return record.Record(
-        recipe.config.merge_method, "0.1.0", record.Counts(2, 1) if counted else None, base,
-        tuple(map(model, recipe.inputs)))
-
-
 # What a manifest says at least.
 ABOUT = {
     "model": {"id": "expert", "revision": None, "digest": "0"},

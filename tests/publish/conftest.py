@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import HUB, make_output
+from helpers.cards import HUB, make_output
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 

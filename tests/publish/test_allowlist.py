@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HUB, make_output, make_store
+from helpers import make_store
+from helpers.cards import HUB, make_output
 from safetensors.torch import load_file, save_file
 
 from mergekit_pave.algebra.emr import Trace

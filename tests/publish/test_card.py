@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from click.testing import CliRunner
-from helpers import HUB, make_output, make_store
-from helpers.cards import BEGIN, MATH, kept, recorded_as, texts_of
+from helpers import make_store
+from helpers.cards import BEGIN, HUB, MATH, kept, make_output, recorded_as, texts_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from mergekit.common import ModelReference

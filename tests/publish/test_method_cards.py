@@ -6,8 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import make_output
-from helpers.cards import BEGIN, kept, recorded_as, texts_of
+from helpers.cards import BEGIN, kept, make_output, recorded_as, texts_of
 from huggingface_hub import ModelCard
 from mergekit.merge_methods import get
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import yaml
-from helpers import HUB, make_output, make_store
+from helpers import make_store
+from helpers.cards import HUB, make_output
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import name_of
