@@ -14,7 +14,6 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -29,14 +28,9 @@ from mergekit_pave.calibration.processes import Workers
 from mergekit_pave.calibration.samples import load_samples
 from mergekit_pave.check import check
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.names import is_local, name_of
 from mergekit_pave.models.source import LoaderOptions, ModelSource
-from mergekit_pave.plugin import register
-from mergekit_pave.publish import record
-from mergekit_pave.recipe.inputs import calibration_spec, purifies
 from mergekit_pave.recipe.parameters import CalibrationSpec
 from mergekit_pave.recipe.reading import read_yaml
-from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.covariances import CovarianceStore, StoreWriter, Weight
 
 WORDS = [f"w{i}" for i in range(90)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  before the fork
-from helpers import HUB, make_output
 from helpers.archives import FORMATS
+from helpers.cards import HUB, make_output
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.publish.card import write_card
