@@ -63,7 +63,7 @@ class Stop(Exception):
 def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator:
     """Call `see(name, input)` whenever one of `modules` is about to run."""
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[nn.Module, tuple, dict], None]:
         def pre_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
             see(name, args[0] if args else kwargs["input"])
 

@@ -34,7 +34,7 @@ class Resources:
     max_memory: int | None = None
     statistics_memory: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind = self.device.type
         if kind != "cpu" and not hasattr(torch.get_device_module(kind), "mem_get_info"):
             object.__setattr__(self, "device", torch.device("cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from typing import Any
 
 import click
 
@@ -35,7 +36,7 @@ class _Group(click.Group):
         module, _, attribute = _COMMANDS[name].partition(":")
         return getattr(importlib.import_module(f"mergekit_pave.cli.{module}"), attribute)
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         verbose = ctx.params.get("verbose")
         try:
             return super().invoke(ctx)

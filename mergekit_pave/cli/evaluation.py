@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,13 @@ from mergekit_pave.cli.options import (
     rows_and_general,
 )
 from mergekit_pave.errors import PaveError
+
+if TYPE_CHECKING:  # help texts need none of it
+    import torch
+
+    from mergekit_pave.evaluation.run import Result
+    from mergekit_pave.evaluation.setup import RowOptions
+    from mergekit_pave.models.source import LoaderOptions
 
 _DEVICE = device_option("Where to compute")
 _MEMORY = memory_option("--max-memory", "Main memory for weights, such as 8GiB; the rest is read "
@@ -36,7 +44,10 @@ _MEMORY = memory_option("--max-memory", "Main memory for weights, such as 8GiB; 
               "for the Hub.")
 @click.option("--write", "length", default=24, show_default=True, type=click.IntRange(min=0),
               help="Tokens that a language model writes for you to read.")
-def evaluate(merges, config, rows, device, max_memory, options, json_file, card, length) -> None:
+def evaluate(
+    merges: tuple[Path, ...], config: Path | None, rows: RowOptions, device: torch.device,
+    max_memory: int | None, options: LoaderOptions, json_file: Path | None, card: bool, length: int,
+) -> None:
     """Say how much each expert's skill a merge keeps, without labels.
 
     OUT is the folder of a merge, or a configuration, which is then merged and thrown away;
@@ -92,7 +103,10 @@ def evaluate(merges, config, rows, device, max_memory, options, json_file, card,
 @_DEVICE
 @_MEMORY
 @model_options
-def tune_command(config, output, budget, methods, rows, device, max_memory, options) -> None:
+def tune_command(
+    config: Path, output: Path, budget: str, methods: str | None, rows: RowOptions,
+    device: torch.device, max_memory: int | None, options: LoaderOptions,
+) -> None:
     """Find the strength of CONFIG's merge, and the parameters that matter, without labels.
 
     The strength (`lambda`, or `weight` where a method has none) comes first, then one or two
@@ -128,7 +142,7 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _write_json(path: Path, results) -> None:
+def _write_json(path: Path, results: list[Result]) -> None:
     from mergekit_pave.storage.files import write_text
 
     write_text(path, json.dumps({r.name: r.as_dict() for r in results}, indent=1) + "\n")

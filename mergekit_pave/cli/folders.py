@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,7 +11,10 @@ from mergekit_pave.algebra.choices import DTYPES, RESCALERS
 from mergekit_pave.cli.options import device_option, model_options
 from mergekit_pave.errors import PaveError
 
-# What computes is imported when a command runs: help texts need none of it.
+if TYPE_CHECKING:  # what computes is imported when a command runs: help texts need none of it
+    import torch
+
+    from mergekit_pave.models.source import LoaderOptions
 
 
 @click.command("card")
@@ -56,7 +60,10 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
               "matrix's own when not given.")
 @device_option("Where to decompose")
 @model_options
-def compress_command(config, out, rank_fraction, dtype, device, options) -> None:
+def compress_command(
+    config: Path, out: Path, rank_fraction: float | None, dtype: str | None, device: torch.device,
+    options: LoaderOptions,
+) -> None:
     """Store the fine-tunes of CONFIG as low-rank differences from their base (TSV-Compress).
 
     CONFIG is a merge configuration; only its base_model and models matter. OUT/TASK gets the
@@ -90,7 +97,10 @@ def compress_command(config, out, rank_fraction, dtype, device, options) -> None
 @click.option("--rescaler", type=click.Choice(RESCALERS), help="Weigh the tensors otherwise than "
               "the merge did: each alike, or by size.")
 @model_options
-def materialize_command(merged, task, folder, base, rescaler, options) -> None:
+def materialize_command(
+    merged: str, task: str, folder: Path, base: str | None, rescaler: str | None,
+    options: LoaderOptions,
+) -> None:
     """Write the model of one TASK of an EMR merge to the folder DIR.
 
     OUT is what `merge_method: emr` or `pave_emr` wrote, a folder or a Hub id. TASK is one of the
@@ -135,7 +145,9 @@ def publish_command(store: str, repo_id: str, private: bool) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base model, needed where it is not on the Hub.")
 @model_options
-def reconstruct_command(compressed, folder, base, options) -> None:
+def reconstruct_command(
+    compressed: Path, folder: Path, base: str | None, options: LoaderOptions
+) -> None:
     """Write the model folder DIR from a compressed fine-tune and its base.
 
     OUT/TASK is a task's folder in what `compress` wrote. The base has to be the very one it was

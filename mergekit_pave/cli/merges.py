@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,11 @@ from mergekit_pave.cli.options import (
     model_options,
 )
 from mergekit_pave.plugin import register
+
+if TYPE_CHECKING:  # what computes is imported when a command runs: help texts need none of it
+    import torch
+
+    from mergekit_pave.models.source import LoaderOptions, ModelSource
 
 
 @click.command()
@@ -31,8 +37,11 @@ from mergekit_pave.plugin import register
 @click.option("--push", metavar="REPO_ID", help="Publish the finished store as this data set of "
               "the Hub, with a card that says what it holds and what it can leak.")
 @click.option("--private", is_flag=True, help="Make that data set private if it is created.")
-def calibrate(model, output, device, max_memory, statistics_memory, options, push, private,
-              **calibration) -> None:
+def calibrate(
+    model: str, output: Path, device: torch.device, max_memory: int | None,
+    statistics_memory: int | None, options: LoaderOptions, push: str | None, private: bool,
+    **calibration: Any,
+) -> None:
     """Compute MODEL's covariances on its own task data and write a store.
 
     The store holds second moments of layer inputs, no text. Name it under `covariance:` in a
@@ -73,7 +82,7 @@ def calibrate(model, output, device, max_memory, statistics_memory, options, pus
     if push:
         hub.check_target(push)  # before hours of work
 
-    def find():
+    def find() -> ModelSource:
         reference = model_reference(model)
         read_config(reference, options)
         return model_source(reference, options)
@@ -97,7 +106,9 @@ def calibrate(model, output, device, max_memory, statistics_memory, options, pus
 @click.option("--allow-crimes", is_flag=True, help="As you will give it to mergekit-yaml.")
 @click.option("--unsafe-truncate-embeddings", is_flag=True,
               help="As you will give it to mergekit-yaml.")
-def check(config, options, allow_crimes, unsafe_truncate_embeddings) -> None:
+def check(
+    config: Path, options: LoaderOptions, allow_crimes: bool, unsafe_truncate_embeddings: bool
+) -> None:
     """Say what is wrong with a merge before anything large is downloaded or run, and what it costs.
 
     Reads the configuration, the models' configs and the calibration data. Exits with 1 when
@@ -151,7 +162,10 @@ def methods() -> None:
 @click.option("--allow-crimes", is_flag=True, help="As you will give it to mergekit-yaml.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for report.html, report.json and the figures.")
-def report(config, output, layers, device, options, allow_crimes) -> None:
+def report(
+    config: Path, output: Path, layers: int | None, device: torch.device, options: LoaderOptions,
+    allow_crimes: bool,
+) -> None:
     """Show what purification would do to a merge, as one web page.
 
     Opens the models and their covariances as the merge of CONFIG would (models without a

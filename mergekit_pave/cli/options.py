@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.recipe.parameters import CALIBRATION, Parameter
 
+if TYPE_CHECKING:  # help texts need none of it
+    import torch
 
-def calibration_options(command):
+    from mergekit_pave.evaluation.setup import RowOptions
+    from mergekit_pave.models.source import LoaderOptions
+
+
+def calibration_options(command: Callable) -> Callable:
     """The keys of calibration, by their names in the YAML."""
     for parameter in reversed(CALIBRATION):
         # To click a default of None is a value that was given.
@@ -29,14 +36,14 @@ def calibration_options(command):
     return command
 
 
-def _checked(parameter: Parameter, value):
+def _checked(parameter: Parameter, value: Any) -> Any:
     try:
         return parameter.validate(value)
     except PaveError as error:
         raise click.BadParameter(error.message) from error
 
 
-def device_of(name: str):
+def device_of(name: str) -> torch.device:
     """The torch device of `--device`; raises `BadParameter` for one that is not here."""
     import torch
 
@@ -58,7 +65,7 @@ def device_of(name: str):
     return device
 
 
-def _device(ctx: click.Context, option: click.Parameter, name: str):
+def _device(ctx: click.Context, option: click.Parameter, name: str) -> torch.device:
     return device_of(name)
 
 
@@ -85,7 +92,7 @@ def _gathered(name: str, make: Callable, options: dict[str, Callable]) -> Callab
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
-        def run(**given):
+        def run(**given: Any) -> Any:
             own = {key: given.pop(key) for key in options}
             return command(**given, **{name: make(**own)})
 
@@ -96,7 +103,9 @@ def _gathered(name: str, make: Callable, options: dict[str, Callable]) -> Callab
     return decorate
 
 
-def _loader_options(lora_merge_cache, transformers_cache, trust_remote_code):
+def _loader_options(
+    lora_merge_cache: str | None, transformers_cache: str | None, trust_remote_code: bool
+) -> LoaderOptions:
     from mergekit_pave.models.source import LoaderOptions
 
     return LoaderOptions(transformers_cache, lora_merge_cache, None, trust_remote_code)
@@ -112,7 +121,7 @@ model_options = _gathered("options", _loader_options, {
 })
 
 
-def _row_options(**given):
+def _row_options(**given: Any) -> RowOptions:
     from mergekit_pave.evaluation.setup import RowOptions
 
     return RowOptions(**given)

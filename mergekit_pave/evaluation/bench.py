@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
@@ -103,7 +104,7 @@ class Bench:
                 found[i] = self._score(model, i, part)
         return [found[i] for i in which]
 
-    def _score(self, model, i: int, part: slice) -> Scores:
+    def _score(self, model: PreTrainedModel, i: int, part: slice) -> Scores:
         task, (said, _) = self.asked[i], self._expert(i)
         labels = task.rows.labels
         try:
@@ -112,7 +113,7 @@ class Bench:
         except PaveError as error:
             raise PaveError(f"{task.label}: {error}") from error
 
-    def _bar(self, which: Sequence[int], source: ModelSource):
+    def _bar(self, which: Sequence[int], source: ModelSource) -> tqdm:
         return tqdm(which, desc=f"Scoring {source.label}", unit="task", disable=self.quiet)
 
     def _expert(self, i: int) -> tuple[Reference, dict[str, Tensor] | None]:

@@ -14,6 +14,7 @@ import yaml
 
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
+from mergekit_pave.evaluation.bench import Bench
 from mergekit_pave.evaluation.objective import objective
 from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_recipe
 from mergekit_pave.evaluation.space import Raw, Space, space_of
@@ -109,7 +110,9 @@ def _refuse_small(budget: Budget, spaces: Sequence[Space]) -> None:
             f"{least * len(spaces)}.")
 
 
-def _say_cost(bench, spaces: Sequence[Space], budget: Budget, out: Path, say) -> None:
+def _say_cost(
+    bench: Bench, spaces: Sequence[Space], budget: Budget, out: Path, say: Callable[[str], None]
+) -> None:
     """What it will cost; refuses a disk that is too full before anything is merged."""
     rows = sum(len(task.rows.items) for task in bench.tasks)
     tokens = sum(task.rows.tokens for task in bench.tasks)

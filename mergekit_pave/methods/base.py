@@ -42,7 +42,7 @@ class StatefulMethod(GroupMergeMethod):
         own.spec = replace(self.spec, name=name or self.spec.name)
         return own
 
-    def _execute(self, groups, *args, **kwargs):
+    def _execute(self, groups: Any, *args: Any, **kwargs: Any) -> Any:
         if "state" not in vars(self):  # tensors in memory
             return self.within(MergeState())._execute(groups, *args, **kwargs)
         return super()._execute(groups, *args, **kwargs)

@@ -75,7 +75,9 @@ class AdaptedLoader(LazyTensorLoader):
         super().__init__(index, lazy_unpickle)
         self._changes, self._dtype = changes, dtype
 
-    def get_tensor(self, key: str, device: str = "cpu", aliases=None, raise_on_missing=True):
+    def get_tensor(
+        self, key: str, device: str = "cpu", aliases: Any = None, raise_on_missing: bool = True
+    ) -> Any:
         there = self.index.tensor_paths
         name = next((n for n in (key, *(aliases or ())) if n in there), key)
         tensor = super().get_tensor(name, device, raise_on_missing=raise_on_missing)

@@ -38,7 +38,7 @@ def mend_cards(card: Any) -> None:
     original = card.is_hf
 
     @functools.wraps(original)
-    def is_hf(path, *args, **kwargs):
+    def is_hf(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(path, *args, **kwargs)
         except Exception:  # the client's transport errors share no base with anything
@@ -57,7 +57,7 @@ def mend_optional_aliases(plan: Any) -> None:
     original = plan.MergePlanner.plan_tensor
 
     @functools.wraps(original)
-    def plan_tensor(self, weight, weights_in, *args, **kwargs):
+    def plan_tensor(self: Any, weight: Any, weights_in: Any, *args: Any, **kwargs: Any) -> Any:
         if weight.optional:
             weights_in = [
                 w.model_copy(update={"aliases": _Aliases(w.aliases)}) if w.aliases else w
@@ -79,14 +79,14 @@ def mend_merged_copies(common: Any) -> None:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def merged(self, *args, **kwargs):
+    def merged(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         given = bound.arguments
         cache = given.get("cache_dir")
         if not self.lora or not cache:
             return original(self, *args, **kwargs)
 
-        def make(folder: str):
+        def make(folder: str) -> Any:
             given["cache_dir"] = folder
             with _silent_about_dtype():
                 return original(*bound.args, **bound.kwargs)
@@ -104,7 +104,7 @@ def mend_dtype(merge: Any) -> None:
     original = merge._model_out_config
 
     @functools.wraps(original)
-    def _model_out_config(*args, **kwargs):
+    def _model_out_config(*args: Any, **kwargs: Any) -> Any:
         with _silent_about_dtype():
             return original(*args, **kwargs)
 
@@ -148,7 +148,7 @@ def mend_lost_results(executor: Any) -> None:
     original = executor.__init__
 
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
         original(self, *args, **kwargs)
         self.done_event = _DoneWhenEmpty(self.task_completion_queue)
 
@@ -163,7 +163,7 @@ def let_planner_ask(planner: Any, method: Callable[[], MergeMethod | None]) -> N
     original = planner.__init__
 
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
         original(self, *args, **kwargs)
         if ready := method():
             self._method = ready
@@ -189,7 +189,7 @@ def let_merges_know(
         return
 
     @functools.wraps(original)
-    def get_architecture_info(*args, **kwargs):
+    def get_architecture_info(*args: Any, **kwargs: Any) -> Any:
         return architecture() or original(*args, **kwargs)
 
     merge.get_architecture_info = get_architecture_info

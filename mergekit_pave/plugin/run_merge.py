@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -58,9 +58,10 @@ def attach(module: Any) -> None:
     signature = inspect.signature(run_merge)
 
     @functools.wraps(run_merge)
-    def around(*args, **kwargs):
+    def around(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        given = {name: bound.arguments.get(name) for name in signature.parameters}
+        given: dict[str, Any] = {
+            name: bound.arguments.get(name) for name in signature.parameters}
         known = {"merge_config", "out_path", "options"} <= given.keys()
         # A mergekit that calls them otherwise does its own work without ours.
         if not known:
@@ -80,7 +81,10 @@ def attach(module: Any) -> None:
     mends.let_merges_know(module, _ARCHITECTURE.get)
 
 
-def _around(merge, config: MergeConfiguration, out_path, options: MergeOptions, source) -> Any:
+def _around(
+    merge: Callable[[Path], Any], config: MergeConfiguration, out_path: Path | str,
+    options: MergeOptions, source: str | None,
+) -> Any:
     close_earlier(config)
     name = config.merge_method
     if not is_ours(name) and not looks_like_ours(name):

@@ -45,7 +45,7 @@ def _reason(fault: Exception) -> str:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice; other YAML readers silently keep the last one."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":

@@ -9,8 +9,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -44,7 +45,7 @@ def make_folder(folder: Path) -> None:
         raise unwritable(folder, error) from error
 
 
-def locked(path: Path, wait: bool = True):
+def locked(path: Path, wait: bool = True) -> AbstractContextManager[Any]:
     """Hold the lock file `path`; without `wait`, `PaveError` when another process holds it."""
     try:
         return FileLock(path).acquire(timeout=-1 if wait else 0)
