@@ -8,8 +8,9 @@ found again in every run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from mergekit_pave.models.names import name_of
 from mergekit_pave.models.source import ModelSource
 from mergekit_pave.recipe.parameters import CalibrationSpec
 
+Item = dict[str, Tensor]
 LABEL_COLUMNS = ("label", "labels")
 
 
@@ -35,7 +37,7 @@ class HeldOut:
         origin: where the rows come from, in words, without local folders.
     """
 
-    items: tuple[dict[str, Tensor], ...]
+    items: tuple[Item, ...]
     labels: tuple[int, ...] | None
     digest: str
     origin: str
@@ -62,25 +64,16 @@ def held_out(
     Raises:
         PaveError: no row is left, or the model cannot encode the data.
     """
-    first = spec.num_samples if drawn else 0
-    rows, seen, found = _opened(source, spec, max_tokens), set(), []
-    for index, item in _encoded(rows, source):
-        name = digest_of(item)
-        if first > 0:
-            first -= 1
-            seen.add(name)
-        elif name not in seen:
-            # A repeated row says nothing twice.
-            seen.add(name)
-            found.append((index, item))
-            if len(found) == count:
-                break
+    opened = _opened(source, spec, max_tokens)
+    rows = _encoded(opened, source)
+    calibrated = {name for name, *_ in islice(rows, spec.num_samples if drawn else 0)}
+    found = _distinct(rows, count, calibrated)
     if not found:
         raise PaveError(
             f"No row of {name_of(spec.dataset)} is left to evaluate {source.label} on: "
             f"calibration draws {spec.num_samples}; lower num_calibration_samples, or name other "
             "rows with --held-out.")
-    return _made(rows.spec, found, source, f"{name_of(spec.dataset)} ({spec.split})")
+    return _made(opened.spec, found, source, f"{name_of(spec.dataset)} ({spec.split})")
 
 
 def given(
@@ -104,20 +97,11 @@ def given(
     """
     drawn: set[str] = set()
     if calibrated is not None:
-        for number, (_, item) in enumerate(_encoded(_opened(source, calibrated, max_tokens),
-                                                    source)):
-            if number == calibrated.num_samples:
-                break
-            drawn.add(digest_of(item))
-    rows, found, overlap, seen = _opened(source, spec, max_tokens), [], 0, set()
-    for index, item in _encoded(rows, source):
-        name = digest_of(item)
-        overlap += name in drawn
-        if name not in seen:
-            seen.add(name)
-            found.append((index, item))
-        if len(found) == count:
-            break
+        rows = _encoded(_opened(source, calibrated, max_tokens), source)
+        drawn = {name for name, *_ in islice(rows, calibrated.num_samples)}
+    opened = _opened(source, spec, max_tokens)
+    found = _distinct(_encoded(opened, source), count, set())
+    overlap = len(found.keys() & drawn)
     where = f"{name_of(spec.dataset)} ({spec.split})"
     if overlap:
         raise PaveError(
@@ -125,7 +109,7 @@ def given(
             f"{source.label} draws; name rows that it does not.")
     if not found:
         raise PaveError(f"{where} has no row that {source.label} can read; name other rows.")
-    return _made(rows.spec, found, source, where)
+    return _made(opened.spec, found, source, where)
 
 
 def _opened(source: ModelSource, spec: CalibrationSpec, max_tokens: int) -> Rows:
@@ -136,23 +120,37 @@ def _opened(source: ModelSource, spec: CalibrationSpec, max_tokens: int) -> Rows
     return open_rows(replace(spec, max_seq_length=min(spec.max_seq_length, max_tokens)))
 
 
-def _encoded(rows: Rows, source: ModelSource) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+def _encoded(rows: Rows, source: ModelSource) -> Iterator[tuple[str, int | None, Item]]:
+    """Digest, index and tensors of every usable row, in the order of the draw."""
     encoder = encoder_of(rows, source.tokenizer, source.config(), source.loading)
     for index, row in rows.draw():
         try:
-            yield index, encoder(row)
+            item = encoder(row)
         except SkipRow:
             continue
+        yield digest_of(item), index, item
+
+
+def _distinct(
+    rows: Iterable[tuple[str, int | None, Item]], count: int, others: Set[str]
+) -> dict[str, tuple[int | None, Item]]:
+    """The first rows that are not among `others`, each once: a repeated row says nothing twice."""
+    found: dict[str, tuple[int | None, Item]] = {}
+    for name, index, item in rows:
+        if name not in others:
+            found.setdefault(name, (index, item))
+        if len(found) == count:
+            break
+    return found
 
 
 def _made(
-    spec: CalibrationSpec, found: list[tuple[int | None, dict[str, Tensor]]],
-    source: ModelSource, origin: str,
+    spec: CalibrationSpec, found: Mapping[str, tuple[int | None, Item]], source: ModelSource,
+    origin: str,
 ) -> HeldOut:
-    items = tuple(item for _, item in found)
-    labels = _labels(spec, [index for index, _ in found], source)
-    digests = "".join(map(digest_of, items)) + repr(labels)
-    return HeldOut(items, labels, hashlib.sha256(digests.encode()).hexdigest(), origin)
+    labels = _labels(spec, [index for index, _ in found.values()], source)
+    digest = hashlib.sha256(("".join(found) + repr(labels)).encode()).hexdigest()
+    return HeldOut(tuple(item for _, item in found.values()), labels, digest, origin)
 
 
 def _labels(
