@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from mergekit_pave.calibration.faults import LOCAL_FILE, explained
 from mergekit_pave.calibration.literal import literal, literal_url
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.names import _builder, local_path
+from mergekit_pave.models.names import builder_of, local_path
 from mergekit_pave.recipe.parameters import GENERATED, PARAMETERS, CalibrationSpec
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
     if path.is_dir():
         _warn_of_kinds(path)
         return datasets.load_dataset(str(literal(path, links)), spec.config, split=spec.split)
-    builder = _builder(path)
+    builder = builder_of(path)
     if builder is None:
         raise PaveError(
             f"calibration_dataset {spec.dataset!r} is not a kind of file that can be read; "
@@ -225,7 +225,7 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
 @cache
 def _warn_of_kinds(folder: Path) -> None:
     """Of a folder with files of several kinds `datasets` reads one and passes over the rest."""
-    kinds = sorted({builder[0] for file in folder.rglob("*") if (builder := _builder(file))})
+    kinds = sorted({builder[0] for file in folder.rglob("*") if (builder := builder_of(file))})
     if len(kinds) > 1 and not (folder / "README.md").exists():
         logger.warning(
             "%s holds files of several kinds (%s), and only those of one kind are read as rows; "
@@ -263,7 +263,7 @@ def _open_hub(spec: CalibrationSpec) -> Any:
 
     if "://" in spec.dataset:
         url = literal_url(spec.dataset)
-        name, options = _builder(Path(urlsplit(url).path)) or (url, {})
+        name, options = builder_of(Path(urlsplit(url).path)) or (url, {})
         return datasets.load_dataset(name, data_files=url, split=spec.split, **options)
     builder = datasets.load_dataset_builder(spec.dataset, spec.config)
     size = builder.info.download_size

@@ -14,7 +14,7 @@ from mergekit.tokenizer.config import TokenizerConfig
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
 from mergekit_pave.recipe.parameters import PARAMETERS, PREFIX
-from mergekit_pave.recipe.spelling import _ours, nearest, our_method, suggestion
+from mergekit_pave.recipe.spelling import nearest, our_method, our_names, suggestion
 
 # `name` is what mergekit-multi calls a merge, and stays behind in the files it made.
 _TOP = (*MergeConfiguration.model_fields, "name")
@@ -28,7 +28,7 @@ _MODULE = ("slices", "models", "parameters", "name")
 def ignored(config: MergeConfiguration) -> str | None:
     """A warning where keys of a purified method stand under the plain one, which drops them."""
     name = config.merge_method
-    if PREFIX + name not in _ours():
+    if PREFIX + name not in our_names():
         return None
     own = {parameter.name for parameter in merge_methods.get(name).spec.parameters}
     found = [key for key in _parameter_names(config.model_dump()) if key in {*PARAMETERS} - own]

@@ -102,6 +102,8 @@ class Tuner:
         folder: where merges lie while they are looked at.
         options: how models are loaded.
         say: called with one line for each candidate.
+        trials: all candidates so far.
+        needed: addresses of the merges that they are made of, those known before among them.
     """
 
     bench: Bench
@@ -110,9 +112,9 @@ class Tuner:
     options: LoaderOptions
     say: Callable[[str], None] = lambda text: None
     trials: list[Trial] = field(default_factory=list)
+    needed: set[str] = field(default_factory=set)
     merged: int = 0
     _made: dict[str, Path] = field(default_factory=dict)
-    _spent: set[str] = field(default_factory=set)
 
     @property
     def best(self) -> Trial:
@@ -155,10 +157,10 @@ class Tuner:
 
     def _trial(self, space: Space, values: Values, budget: Budget) -> Trial | None:
         needed = self._needed(space, values)
-        if not budget.allows(len(needed - self._spent)):
+        if not budget.allows(len(needed - self.needed)):
             return None
-        budget.spent += len(needed - self._spent)
-        self._spent |= needed
+        budget.spent += len(needed - self.needed)
+        self.needed |= needed
         name = address([FORMAT, SEED, space.with_values(values), self._about()])
         kept = read_kept(name)
         if kept is None:

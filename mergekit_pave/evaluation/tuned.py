@@ -141,7 +141,7 @@ def _header(tuner: Tuner, best: Trial, found: dict[str, Trial]) -> str:
         f"{best.words}: keeps {_percent(interval.value)} ({_percent(interval.low)} to "
         f"{_percent(interval.high)}) of what the experts learned.",
         f"The best of {len(tuner.trials)} candidates in "
-        f"{len(tuner._spent)} merges.",
+        f"{len(tuner.needed)} merges.",
     ]
     start = tuner.trials[0]
     if start is not best:

@@ -31,11 +31,12 @@ def local_path(source: str) -> Path | None:
     path = Path(os.path.expanduser(source))
     looks_local = (
         source.startswith((".", "~", "/")) or path.is_absolute() or source.count("/") > 1
-        or _builder(path) is not None or path.exists())
+        or builder_of(path) is not None or path.exists())
     return path if looks_local and "://" not in source else None
 
 
-def _builder(path: Path) -> tuple[str, dict[str, str]] | None:
+def builder_of(path: Path) -> tuple[str, dict[str, str]] | None:
+    """The builder of `datasets` that reads a file of that name, and its options, if any does."""
     if path.suffix.lower() in COMPRESSIONS:
         path = path.with_suffix("")
     return BUILDERS.get(path.suffix.lower())

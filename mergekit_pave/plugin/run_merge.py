@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,7 +165,7 @@ def _planned_as(planned: ModelArchitecture) -> Iterator[None]:
 def _say(out_path: Path | str, name: str, state: MergeState) -> None:
     # A method that looks at no covariance counts nothing.
     if any(state.counts.values()):
-        print(state.coverage(merge_methods.get(name).treated), file=sys.stderr)  # noqa: T201
+        click.echo(state.coverage(merge_methods.get(name).treated), err=True)
     if state.masks and state.masks.tensors:
         click.echo(
             f"mergekit-pave: {out_path} holds the weights that all tasks share, and masks for "

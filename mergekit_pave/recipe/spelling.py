@@ -46,10 +46,11 @@ def suggestion(key: str, known: Iterable[str]) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether a registered method is one that this package brought."""
-    return name in _ours()
+    return name in our_names()
 
 
-def _ours() -> list[str]:
+def our_names() -> list[str]:
+    """Names of the registered methods that this package brought."""
     registered = merge_methods.registered_methods()
     package = __name__.partition(".")[0] + "."
     return [m.spec.name for m in registered if type(m).__module__.startswith(package)]
@@ -57,7 +58,7 @@ def _ours() -> list[str]:
 
 def our_method(name: str) -> MergeMethod:
     """The registered method of ours of that name, or `PaveError` with the nearest ones."""
-    ours = _ours()
+    ours = our_names()
     if name in ours:
         return merge_methods.get(name)
     if PREFIX + name in ours:
