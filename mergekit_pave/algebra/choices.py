@@ -1,6 +1,6 @@
-"""Words that options offer, here where naming them imports nothing."""
+"""Values of options, in a module that imports nothing, so that help texts are quick."""
 
-# How EMR weighs the tensors of a task: each alike, or by size.
+# EMR's factor of a task weighs its tensors alike, or by size.
 RESCALERS = ("tensor_mean", "global")
-# What compressed fine-tunes keep their singular vectors in.
+# Dtypes of the singular vectors of compressed fine-tunes.
 DTYPES = ("float32", "bfloat16", "float16")

@@ -62,7 +62,7 @@ def scale(sums: Iterable[Sums], rescaler: str) -> float:
         divisor = tensor.count if rescaler == "tensor_mean" else 1
         own += tensor.own / divisor
         unified += tensor.unified / divisor
-    # Nothing of the task survives the mask: its model is the base, whatever the factor.
+    # With an empty mask the task's model is the base, whatever the factor.
     return own / unified if unified else 1.0
 
 

@@ -72,7 +72,7 @@ class Block:
 
 def gram_eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), ascending, and eigenvectors (n, n) of `x^T x` for `x` (m, n)."""
-    # Transposed, the triangle that was computed lies as LAPACK wants it.
+    # LAPACK is column-major: its upper triangle is the lower one that was computed.
     values, vectors = torch.linalg.eigh(lower_gram(x).mT, UPLO="U")
     return values, vectors
 
@@ -104,7 +104,8 @@ def leading(d: Tensor, count: int, floor: float = 0.0) -> Leading | None:
     cut = columns - count
     if not values[cut] > values[-1] / SPREAD:
         return None
-    # Beside the cut once more, from products whose rounding is relative to what stands there.
+    # The directions beside the cut are separated again, from products whose rounding is relative
+    # to their own size.
     start, stop = max(0, cut - columns // WINDOW), min(columns, cut + columns // WINDOW)
     near = vectors[:, start:stop]
     turn = _apart(near.double(), (d @ near).double()).to(d.dtype)
@@ -132,7 +133,7 @@ def _even(d: Tensor, count: int) -> tuple[Tensor, Tensor]:
     block = strongest(d, max(LEAST, count // SHARE))
     level = CONVERGED**0.5 * block.values[-1]
     converged = min(int((block.values > level).sum()), count // 2)
-    # Above what is left as it is, so that the leading directions stay those that lead.
+    # They stay above the directions that are not scaled, so that they still lead.
     level = torch.maximum(level, block.values[converged])
     weaker = level / block.values[:converged]
     strong = block.v[:, :converged]

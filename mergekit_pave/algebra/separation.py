@@ -44,11 +44,11 @@ def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
     return torch.cholesky_solve(moved, factor).mT
 
 
-# Of the mean diagonal: a feature that no model's data ever activates must not divide by zero.
+# Damping as a share of the mean diagonal: no model's data may ever activate a feature.
 _FLOOR = 1e-9
-# Of the largest singular value: rounding.
+# Singular values below this share of the largest are rounding.
 _NULL = 1e-10
-# Of the largest singular value: the square in float64 tells no smaller ones.
+# Singular values below this share of the largest are lost in the square, in float64.
 _RESOLVED = 1e-5
 
 

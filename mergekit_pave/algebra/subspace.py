@@ -29,7 +29,7 @@ MAX_APPLIES = 100
 # One filter may favour the best direction of a block over its worst by this much, not more: the
 # worst has to keep some digits of its own.
 MAX_GROWTH = 1e11
-# What a product leaves of the other directions in a vector, however well that is known.
+# Rounding of a product leaves this share of other directions even in an exact vector.
 ROUNDING = 1e-15
 MAX_DEGREE = 10
 # Angle (Davis-Kahan) allowed between the tail and its true subspace, and the relative gap

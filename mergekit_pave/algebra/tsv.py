@@ -33,9 +33,9 @@ from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.polar import polar, single_polar
 
 # Relative to the largest singular value of a delta. Below are rounding errors (an adapter that was
-# merged into a weight in float32 has rank 16, the delta full rank): as directions with the same
-# rights as the others they would only turn those aside. `numeric.rounding` says the same of the
-# weights, and matters where a delta is small beside them.
+# merged into a weight in float32 has rank 16, the delta full rank), which would push the true
+# directions aside if they counted alike. `numeric.rounding` bounds the rounding of the weights,
+# which matters where a delta is small beside them.
 ROUNDING = 1e-5
 # Adapters: columns of the block that finds all of a delta of low rank, those of them that must turn
 # out to be empty, and by how much the weakest direction stands out of them.

@@ -88,7 +88,7 @@ class Walk:
 
     @contextmanager
     def at(self, block: int) -> Iterator[None]:
-        """Hold the offloaded weights of a block, and what else is needed on the way there."""
+        """Keep in memory the offloaded weights of a block and of modules that run before it."""
         try:
             if 0 <= block < len(self.blocks):
                 for module in self.model.get_submodule(self.blocks[block]).modules():
@@ -153,7 +153,7 @@ class Walk:
             return self.states.get(kept[call])
         self._hold(module)
         output = real(*args, **kwargs)
-        # A module with others inside it has to run: these may be watched.
+        # A module with children has to run each time, because its children may be watched.
         if self._block < len(self.blocks) and not any(True for _ in module.children()):
             kept += self.states.keep(output)
         return output
@@ -168,7 +168,7 @@ class Walk:
 
 
 def _hook(module: nn.Module) -> Any:
-    """accelerate's, which brings offloaded weights and takes them away again."""
+    """accelerate's hook, which loads offloaded weights and frees them again."""
     return module._hf_hook
 
 
@@ -189,8 +189,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     eps = torch.finfo(b.dtype).eps
-    # Masks have the lowest number of their dtype where nothing is to be seen.
+    # Attention masks hold the lowest number of their dtype, which would overflow in a norm.
     a, b = (x.double().clamp(-1e30, 1e30) for x in (a, b))
     error, size = (a - b).norm(), b.norm()
-    # The same kernels on the same numbers: not more than another order of sums may differ.
+    # Both passes run the same kernels on the same numbers, so only the order of sums may differ.
     return bool(error <= max(1e-5, 4 * eps) * size)

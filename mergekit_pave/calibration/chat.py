@@ -6,7 +6,7 @@ from typing import Any
 
 from mergekit_pave.calibration.rows import SkipRow
 
-# Hides transformers' function of the name: rows must not depend on the day they are read.
+# Replaces transformers' function of this name: rows must not depend on the day they are read.
 _DATE = "{%- macro strftime_now(format) -%}1 January 2025{%- endmacro -%}"
 
 _ROLES = {

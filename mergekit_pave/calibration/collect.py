@@ -56,7 +56,7 @@ class NotFinite(PaveError):
 
 
 class Stop(Exception):
-    """Ends a forward pass of which all that is wanted has been seen."""
+    """Ends a forward pass once the hooks have seen all that they need."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mergekit_pave.calibration.rows import CHAT_COLUMNS, MASK, TOKENS, SkipRow
 from mergekit_pave.errors import PaveError
 
 logger = logging.getLogger(__name__)
-# What padding is called in columns of labels.
+# Columns of labels mark padding with this id.
 IGNORED_LABEL = -100
 
 

@@ -52,7 +52,7 @@ _WORDS = "mergekitpave"
 
 @dataclass(frozen=True)
 class Form:
-    """What of a row is given; all else is drawn from the model.
+    """The fixed tokens of a row; the model draws all others.
 
     Attributes:
         opening: the tokens that every row begins with.
@@ -125,7 +125,7 @@ def _chat(tokenizer: Any, ends: tuple[int, ...]) -> Form:
     before, words, after = text.partition(_WORDS)
     if not words:
         raise ValueError("it does not write the message as it is")
-    # A space in front of a word is part of the word's token, which is the model's to choose.
+    # A space in front of a word is part of the word's token, which the model draws.
     opening, bridge = (
         tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else ()
         for part in (before.rstrip(" "), after))
@@ -145,7 +145,7 @@ def write_rows(
     Raises:
         NotFinite: the model's logits hold NaN.
     """
-    # Also the defaults of every setting that `generate` is not given, such as penalties.
+    # This replaces all settings of the checkpoint, such as penalties, by their defaults.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=length, use_cache=True)
     rows: list[list[int]] = []
@@ -179,7 +179,7 @@ class _Ancestral(LogitsProcessor):
         """`ids` (rows, length), `scores` (rows, vocabulary)."""
         logits = scores.cpu().double()
         if ids.shape[1] == len(self.form.opening):
-            # An empty text has nothing to see.
+            # A row must not end before its first token.
             logits[:, list(self.form.ends)] = -torch.inf
         tokens = _draw(logits, [draw.random() for draw in self.draws])
         for i, row in enumerate(ids.tolist()):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# Entries that a mark of a tensor has at most, or twice as many.
+# A mark of a tensor has fewer than twice as many entries.
 _MARK = 1 << 14
 
 

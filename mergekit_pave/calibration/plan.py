@@ -56,8 +56,8 @@ def make_plan(
         budget: bytes of sums held at a time.
     """
     smallest = min(work, key=lambda batch: sum(value.numel() for value in batch.values()))
-    # Of one row: a classifier without a padding token takes no more, and this pass goes through
-    # its head.
+    # One row: this pass goes through the head, and a classifier without a padding token takes no
+    # more than one.
     one = {name: value[:1] for name, value in smallest.items()}
     with observed(model, layers.modules) as seen:
         sites = plan_sites(model, layers.modules, one)
@@ -73,7 +73,7 @@ def make_plan(
         steps[seen.place(site.name)].append(site)
     while not steps[-1]:
         steps.pop()
-    # The weights of a whole block are held besides: its sums take less room, in more windows.
+    # The weights of a whole block are in memory, too, so its sums get half of the room.
     room = budget // 2
     return Plan(sites, plan.windows, seen.blocks, [windows(step, room) for step in steps],
                 seen.marks, one)

@@ -28,8 +28,8 @@ from mergekit_pave.errors import PaveError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# A process that dies is noticed at once; this is for one that hangs. The others wait for no
-# longer than a download of the model, or the slowest process's share of one window, may take.
+# How long to wait for a process that hangs; one that dies is noticed at once. A download of the
+# model, and the slowest process's share of one window, have to fit in.
 TIMEOUT = timedelta(hours=2)
 _SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
@@ -207,7 +207,7 @@ def _speaking() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # About to end anyhow, and with a message that the launcher must not cut off.
+        # This process ends anyhow; the launcher's signal must not cut off its message.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     signal.signal(signal.SIGTERM, before)

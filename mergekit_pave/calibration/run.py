@@ -109,7 +109,7 @@ def calibrate(
         with workers.together():
             writer = _begin(folder, begun) if workers.main else None
         with workers.together():
-            make_folder(folder)  # of another machine
+            make_folder(folder)  # this process may be on another machine
             offloaded = made.enter_context(scratch(folder))
             model = load_model(source, device=resources.device, max_memory=resources.max_memory,
                                scratch=offloaded)
@@ -170,7 +170,7 @@ class _Collector:
             try:
                 walk.run(block, len(self.work), True)
                 return walk.agrees(plan.marks)
-            except Exception as error:  # of a model's code that misses what it carries along
+            except Exception as error:  # the model carries more from block to block than was kept
                 logger.info("Block %s of %s: %s", block, self.source.label, error)
                 return False
 

@@ -185,7 +185,7 @@ def _check_owner(store: CovarianceStore, entry: Input) -> None:
     tensors = ModelSource(str(folder), folder.name, str(folder)).tensors()
     known = ((n, t) for n, t in tensors if t.ndim == 2 and store.namesake(n, tuple(t.shape)))
     first = list(islice(known, _LOOK_AT))
-    # Without a common name only the values can tell, all of them.
+    # Without a common name all values would have to be compared, which the merge does.
     if first:
         store.verify(iter(first), folder.name)
 

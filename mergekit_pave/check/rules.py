@@ -143,7 +143,7 @@ def _check_damping(entry: Input) -> Iterator[Finding]:
                             for name in ("dampening_frac", "regularization"))
     if not fractions or not absolutes:
         return
-    # Behind filters they may well concern different tensors.
+    # With different filters they may concern different tensors.
     if None in fractions | absolutes or fractions & absolutes:
         yield error(
             "parameters", "dampening_frac and regularization exclude each other: keep one of them."

@@ -34,7 +34,7 @@ _NO_MATTER = {
     "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id", "cls_token_id",
     "task_specific_params", "tokenizer_class", "vocab_size"}
 _MISSING = object()
-# Of generation_config.json: who wrote it.
+# Keys of generation_config.json that name who wrote it.
 _ABOUT_FILE = {"_from_model_config", "transformers_version"}
 
 

@@ -50,7 +50,7 @@ class Objective:
         for i, name in enumerate(self.names):
             m = merge[i][name]
             b, e = self.bases[i][name], self.experts[i][name]
-            # The gap is that of all rows: a few rows of a first look would make it noise.
+            # The gap is measured on all rows: on the few rows of a first look it would be noise.
             gap = b.mean() - e.mean()
             lost = b[: len(m)] - m
             rows = np.full(len(m), 1 / len(m)) if seed is None else weights(len(m), seed + i)

@@ -156,7 +156,7 @@ def _language(logits: Tensor, tokens: Tensor, expert: dict[str, Tensor]) -> dict
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
     """`sum p (log p - log q)` of log-probabilities (..., k): float64 (...,)."""
     p, q = p.double(), q.double()
-    # No mass of p: nothing is added, whatever q says.
+    # Where p has no mass, nothing is added, whatever q is.
     return torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum(-1)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 FACTOR = 1.5
-# Points beyond the first ones, where the best of them is at the edge.
+# Further points are tried, at most so many, while the best one is at the edge.
 FURTHER = 3
 # How many parabolas are fitted, and how close two strengths are taken for the same (a share).
 REFINED, CLOSE = 2, 0.02

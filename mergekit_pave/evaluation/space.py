@@ -30,14 +30,14 @@ AFFINE = frozenset({
     "della", "della_linear", "tsv_m", "regmean", "tsv_regmean",
     "matched_regmean",
 })
-# Where a method starts that the configuration does not have.
+# Values that another method starts from, where the configuration does not set them.
 _MODEL_START: dict[str, Values] = {
     "ties": {"density": 0.2}, "breadcrumbs": {"density": 0.8, "gamma": 0.05},
     "breadcrumbs_ties": {"density": 0.8, "gamma": 0.05}, "della": {"density": 0.5},
     "della_linear": {"density": 0.5}, "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5},
 }
-# Second parameters in the order in which they are tried; what is not declared is left out.
+# Second parameters in the order in which they are tried; a method skips those it does not have.
 _SECOND: dict[str, dict[str, tuple]] = {
     "tsv_regmean": {"balance": (0.5, 0.3, 0.7), "flattening": (0.5, 0.3, 0.7)},
     "regmean": {"averaging": (1.0, 0.2, 0.5), "flattening": (0.0, 0.5)},

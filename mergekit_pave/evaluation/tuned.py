@@ -78,7 +78,7 @@ def tune(
     spaces = [space_of(raw, name) for name in methods] or [space_of(raw)]
     _refuse_small(budget, spaces)
     draws = any(e.calibrated for space in spaces for e in Recipe.of(space.raw).inputs)
-    # The given configuration names the data, whatever method is looked at.
+    # Rows come from the data that the given configuration names, for all methods.
     bench = bench_of(recipe or Recipe.of(raw), replace(rows, drawn=draws, general=None), options,
                      resources, quiet=True)
     _say_cost(bench, spaces, budget, out, say)

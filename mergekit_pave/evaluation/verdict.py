@@ -65,7 +65,7 @@ class OfTask:
         name = measures(self.kind)[0]
         if self.kind == "language" and self.base is not None:
             return interval(lambda m, b: m / b - 1, [self.merge[name], self.base[name]])
-        # Of an encoder or classifier the base is its own expert there, at distance 0.
+        # For encoders and classifiers the base itself is the expert on general rows, at distance 0.
         return interval(lambda m: m, [self.merge[name]])
 
 

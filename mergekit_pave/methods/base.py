@@ -33,7 +33,7 @@ class StatefulMethod(GroupMergeMethod):
     each merge, in memory or to disk, works with a copy of its own.
     """
 
-    state: MergeState  # of the copy that a merge works with
+    state: MergeState  # set on the copy that a merge works with
 
     def within(self, state: MergeState, name: str | None = None) -> Self:
         """The copy that belongs to one merge, registered under `name` for its time."""

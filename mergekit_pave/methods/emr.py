@@ -43,7 +43,7 @@ class EmrMerge(StatefulMethod):
         base = group.base.tensor
         if not group.non_base:
             return base
-        # Before the election, in which NaN or Inf of one model would spread to all.
+        # Checked before the election, which would spread NaN or Inf of one model to all.
         for entry in group.entries:
             check_finite(entry.tensor, entry.id, group.metadata.name)
         merged = elect(base, [entry.tensor for entry in group.non_base])

@@ -83,7 +83,7 @@ class MatchedRegMean(CovarianceMethod):
             return base
         for entry in (group.base, *changed):
             check_finite(entry.tensor, entry.id, group.metadata.name)
-        if len(changed) == 1:  # nothing to keep apart: as it is, to the last bit
+        if len(changed) == 1:  # nothing to keep apart: its task vector is taken to the last bit
             (entry,) = changed
             delta = (double(entry.tensor) - double(base)) * weights[entry.id]
             return torch.add(double(base), delta, alpha=parameters["lambda"]).to(base)

@@ -85,7 +85,7 @@ class PaveMerge(StatefulMethod):
             # A model that contributes nothing here still has inputs, which the others should spare.
             everyone = solves or how.purify == "separate"
             entries = [e for e in group.non_base if everyone or _contributes(e, group, inner)]
-            # What ranks the directions to purify is nothing to a method that needs covariances.
+            # A method that needs covariances itself gets them, whatever `subspace` says.
             ranked_by = "covariance" if solves else how.subspace
             layers = layers_of(self.state, group, entries, parameters, ranked_by)
         purified = self._purify(group, layers, how, inner)
@@ -259,10 +259,10 @@ def _tail(
             seed=layer.seed,
         )
 
-    # The ablations are cheap, and the address does not tell them apart.
+    # The ablations are cheap, and would share one address in the cache.
     if layer.identity is None or how.subspace != "covariance":
         return compute()
-    # The weight as it is stored, so that the dtype of a merge's inputs is part of the name.
+    # The address has the weight as mergekit loaded it, so that its dtype is part of the name.
     named = participant.tensor if how.purify == "weight" else matrix
     written = f"{how.dampening_frac}|{how.regularization}"
     name = decompositions.address(layer.identity, named, layer.transposed, written)

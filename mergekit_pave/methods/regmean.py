@@ -82,8 +82,8 @@ class RegMean(CovarianceMethod):
         weights = [parameters["weight"][entry.id] for entry in models]
         counting = [entry for entry, w in zip(models, weights, strict=True) if w]
         if all(torch.equal(entry.tensor, base) for entry in counting):
-            # Its covariances would be empty without data. Of an optional tensor that only the
-            # base has there are no models at all.
+            # Without data the covariances would be empty. An optional tensor that only the base
+            # has comes with no models at all.
             return base
         deltas = (wide(entry.tensor) - wide(base) for entry in models)
         if len(layers) == len(models):

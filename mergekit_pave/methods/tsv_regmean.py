@@ -67,7 +67,7 @@ class TsvRegMean(CovarianceMethod):
     def merge_layers(
         self, group: TensorGroup, layers: Mapping[Hashable, Layer], **parameters: Any
     ) -> Tensor:
-        # As published: `flattening` is RegMean's here.
+        # TSV-Merge runs as published; `flattening` belongs to RegMean here.
         as_published = {"flattening": 0.0, "strength": "plain"}
         of_tsv = {**{p.name: parameters.get(p.name) for p in tsv.PARAMETERS}, **as_published}
         if not layers or len(layers) < len(group.non_base):

@@ -51,7 +51,7 @@ _UNDERSTOOD = {
     "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
     "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
-    # Of the training's start; kinds that change the base's weights are told by init_lora_weights.
+    # How training began; `init_lora_weights` names the kinds that change the base's weights.
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_lora_weights",
     "runtime_config",
 }

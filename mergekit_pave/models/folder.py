@@ -53,7 +53,7 @@ def sentence_files(folder: Path) -> dict[str, Path]:
         return {}
     found = {name: folder / name for name in _SENTENCES if (folder / name).is_file()}
     for path in paths:
-        # One plain folder beside the weights, and no link: a list from elsewhere leads nowhere.
+        # Only a plain folder beside the weights: a list from a stranger may name any path.
         if not isinstance(path, str) or not re.fullmatch(r"\w[\w.-]*", path):
             continue
         if (folder / path).is_dir() and not (folder / path).is_symlink():
@@ -140,13 +140,13 @@ def _index(path: Path) -> dict[str, set[str]]:
 
 
 def _tensors_in(folder: Path, name: str) -> set[str] | None:
-    """The tensors of a file by its header; `None` for a pickled one, of which it takes a read."""
+    """The tensors of a file by its header; `None` for a pickled one, which has no header."""
     path = folder / name
     try:
         if name.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 return set(file.keys())
-        if not zipfile.is_zipfile(path):  # the table of its contents comes last
+        if not zipfile.is_zipfile(path):  # a file that is cut short lacks the table at its end
             raise OSError("no archive of torch")
         return None
     except (SafetensorError, OSError, ValueError) as error:

@@ -91,7 +91,7 @@ def _about_model(part: ModelPath) -> Iterator[str]:
         return
     for file in _files(part.path):
         seen = file.stat()
-        # The time of a change of the file's status: copies keep that of their content.
+        # ctime is new for a copy; mtime may have been copied along.
         yield f"{file.name}|{seen.st_size}|{seen.st_mtime_ns}|{seen.st_ctime_ns}|{seen.st_ino}"
 
 

@@ -42,7 +42,7 @@ def builder_of(path: Path) -> tuple[str, dict[str, str]] | None:
     return BUILDERS.get(path.suffix.lower())
 
 
-# On a machine of the other kind, or as a URL.
+# Paths of Windows, and `file:` URLs.
 _FOREIGN = re.compile(r"[A-Za-z]:[\\/]|\\\\|file:")
 
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 )
 
 # Buffers that older versions wrote into checkpoints and that every model computes anew: positions,
-# rotary frequencies, causal masks; and the count of a batch norm, which no evaluation reads.
+# rotary frequencies, causal masks, and the counter of batch norms, which evaluation ignores.
 _BUFFERS = re.compile(
     r"(^|\.)(position_ids|token_type_ids|num_batches_tracked|inv_freq|rotary_emb\.(cos|sin)_cached|masked_bias"
     r"|(attn|attention|self_attn|SelfAttention)\.(bias|mask)|embed_positions\._float_tensor)$"

@@ -181,7 +181,7 @@ class ModelSource:
     def identity(self) -> str:
         """sha256 of what a forward pass depends on: weights, the config's settings, and code."""
         settings = json.dumps(_settings(self.config().to_diff_dict()), sort_keys=True, default=str)
-        # 2: the first kind had statistics of models with an adapter under the name without it.
+        # Format 2: format 1 kept the covariances of MODEL+ADAPTER under the name of MODEL.
         text = f"2|{digest(self.tensors())}|{settings}|{self._code()}"
         return hashlib.sha256(text.encode()).hexdigest()
 

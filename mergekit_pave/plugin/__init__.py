@@ -62,7 +62,7 @@ def _require_mergekit() -> None:
     from packaging.version import Version
 
     found = version("mergekit")
-    # By the numbers alone: 0.1.5.dev3 and 0.1.5+g1a2b3c have what 0.1.5 has.
+    # Only the numbers count: 0.1.5.dev3 and 0.1.5+g1a2b3c have what 0.1.5 has.
     if Version(found).release < (0, 1, 5):
         raise PaveError(
             f"mergekit-pave needs mergekit 0.1.5 or newer, found {found}: "

@@ -62,7 +62,7 @@ def attach(module: Any) -> None:
         given: dict[str, Any] = {
             name: bound.arguments.get(name) for name in signature.parameters}
         known = {"merge_config", "out_path", "options"} <= given.keys()
-        # A mergekit that calls them otherwise does its own work without ours.
+        # Where mergekit names its arguments otherwise, it merges without our additions.
         if not known:
             return run_merge(*args, **kwargs)
 

@@ -37,7 +37,7 @@ from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.recipe.spelling import is_ours
 from mergekit_pave.storage.files import write_text
 
-# Of `mergekit-pave report`, written into the model's folder or one inside it.
+# Where `mergekit-pave report` may have written its first figure.
 FIGURES = ("figures/spectra.png", "report/figures/spectra.png")
 TAGS = ("mergekit", "merge")
 
@@ -119,7 +119,7 @@ def _parents(recipe: Recipe, facts: record.Record, listed: Any) -> list[str] | N
     """Hub ids of base and models, in the order of the configuration; mergekit's has none."""
     references = [recipe.config.base_model, *(entry.model for entry in recipe.inputs)]
     order = [path for ref in references if ref for path in paths_of(ref)]
-    # mergekit asked the Hub about names that could be either; a name alone does not tell.
+    # mergekit asked the Hub about names that could also be folders; the record knows which were.
     local = record.local_names(recipe, facts)
     local |= {last_part(name) for name in local}
     found = {name for name in _listed(listed) if not is_local(name)} - local
@@ -155,7 +155,7 @@ def section(recipe: Recipe, facts: record.Record, figure: str | None = None) -> 
     inner, purified = recipe.inner, _purified(recipe, facts)
     parameters, about = recipe.config.parameters, ABOUT.get(inner.spec.name)
     method: Any = recipe.method if purified else inner
-    # What a twin counts is what it purified.
+    # A purified twin counts what it purified, not what its inner method treated.
     counted = facts.tensors and (purified or not purifies(recipe.method))
     return rendered(
         "merge.md", about=about, settings=_method_settings(inner, parameters),

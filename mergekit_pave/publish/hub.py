@@ -36,7 +36,7 @@ def push_merge(
     """
     folder = Path(folder)
     token = check_target(repo_id, token)
-    merge_files(folder)  # nothing is read through a link for the card, either
+    merge_files(folder)  # refuses links before the card reads anything through one
     write_card(folder)
     again = f"mergekit-pave card {folder} --push {repo_id}"
     return _upload(folder, merge_files(folder), repo_id, "model", private, token, again)
@@ -140,7 +140,7 @@ def _upload(
     try:
         # `None` leaves the choice to the owner's settings.
         url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
-        # One commit: what fails midway changes nothing that others see.
+        # All files go into one commit, so that a failure midway changes nothing that others see.
         api.create_commit(
             url.repo_id, [CommitOperationAdd(name, str(folder / name)) for name in names],
             repo_type=repo_type, commit_message="Upload with mergekit-pave",

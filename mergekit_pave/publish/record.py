@@ -114,7 +114,7 @@ def local_names(recipe: Recipe, record: Record) -> set[str]:
     data = [model.data for model in record.models]
     if None in data:
         return found
-    # Beside a store the keys of the data are not read, and the record says nothing of them.
+    # Where a store is named, nobody read the keys of the data, so the record does not tell.
     named = {e.get("calibration_dataset") for e in recipe.inputs if not e.get("covariance")}
     named -= {None, DATA_FREE, GENERATED}
     return found | (named - {about["dataset"] for about in data if about and not about["local"]})

@@ -35,7 +35,7 @@ def _public(raw: Any, local: Collection[str], key: str = "") -> Any:
     if not isinstance(raw, str) or key not in _MODEL_KEYS | _DATA_KEYS:
         return raw
     if key in _DATA_KEYS:
-        # A URL is no path, even one that the record knows by another name: without its password.
+        # A URL is no path, and loses only what may be secret, even if the record calls it local.
         return last_part(raw) if raw in local and "://" not in raw else name_of(raw)
     return "+".join(_public_part(part, local) for part in raw.split("+"))
 

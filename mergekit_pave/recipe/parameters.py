@@ -15,7 +15,7 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from mergekit_pave.errors import PaveError
 
-# Ranges of values, each stated once: what a value is checked by, and what its sentence says.
+# Ranges of values. Each is stated once, and serves the check and the sentence of its error.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
-# What is decomposed and truncated, and the kept fraction of its rank when none is given.
+# The kept fraction of the rank when none is given, by what is truncated.
 DEFAULT_RATIO = {"weight": 0.98, "delta": 0.25, "separate": None}
 
 

@@ -75,4 +75,4 @@ def read_yaml(text: str, name: str = "The configuration") -> Any:
         raise PaveError(f"{name} is not valid YAML: {' '.join(str(fault).split())}.") from fault
 
 
-CONFIGURATION = "mergekit_config.yml"  # mergekit's own, beside it
+CONFIGURATION = "mergekit_config.yml"  # mergekit writes it beside a merged model

@@ -105,7 +105,7 @@ def _member(
         "holding": {name: measure.share_holding(e) for name, e in lost.items()},
         "error": measure.sample_lost(lost["covariance"]),
         "knee": measure.knee(lost["covariance"]),
-        # Read by `_spend` and taken out again: how much is dropped is not known yet.
+        # `_spend` replaces these once it is known how many directions are dropped.
         "_energy": measure.direction_energy(tail.basis, weight, covariance).cumsum(0),
         "_energy_svd": measure.direction_energy(plain.basis, weight, covariance).cumsum(0),
         "_output": measure.output_energy(weight, covariance),
@@ -141,7 +141,7 @@ def _between(
         after.append(factors(subspace.purify(weight, basis) - base, count))
     was, was_relative = interference(before)
     now, now_relative = interference(after)
-    # The leading directions only: large subspaces overlap anyway.
+    # Only the leading directions are compared: large subspaces overlap anyway.
     top = max(1, min(count, layer.rank // 8))
     return {
         "interference": {"rank": count, "before": was, "after": now,

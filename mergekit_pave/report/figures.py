@@ -30,9 +30,9 @@ Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 Layers = list[Mapping[str, Any]]
 
-# More kinds of weights than this are left to the JSON: the largest are drawn.
+# At most so many kinds of weights are drawn, the largest; the JSON has all.
 MOST_KINDS = 9
-# Of more models than this only the median and the range are drawn.
+# With more models than this, the median and the range are drawn instead of a line for each.
 MOST_LINES = 8
 # What is smaller is rounding, not signal.
 FLOOR = 1e-9
@@ -245,7 +245,7 @@ def _overlap(report: Report) -> Figure:
     figure, panels = _panels(
         [f"{title} (chance {parts[key]['chance'] or 0:.2f})" for key, title in titles.items()],
         _height(report))
-    # A model shares everything with itself; the colours are for the others.
+    # The diagonal is left out, since a model shares everything with itself.
     matrices = [[[None if i == j else v for j, v in enumerate(row)]
                  for i, row in enumerate(parts[key]["matrix"])] for key in titles]
     high = max((v for matrix in matrices for row in matrix for v in row if v), default=1.0)

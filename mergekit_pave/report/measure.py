@@ -36,7 +36,7 @@ def lost_energy(values: Tensor) -> Tensor:
     This is the paper's activated pruning error `|A - A_r|^2` over `|A|^2`.
     """
     energy = values.to(torch.float64).square()
-    # Summed from the small end: the differences of a sum from the large end would be noise.
+    # The sum starts at the small end: differences of a sum from the large end would be noise.
     tails = energy.flip(0).cumsum(0).flip(0)
     return torch.cat([tails, tails.new_zeros(1)]) / tails[0].clamp_min(torch.finfo().tiny)
 

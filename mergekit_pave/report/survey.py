@@ -157,7 +157,7 @@ def _survey(merge: Merge) -> None:
     ]
     for name in tqdm(names, desc="Reading weights", unit="tensor", leave=False):
         base = merge.base_tensors.get(name)
-        # What all models share is the same in the scopes of each.
+        # Shared parameters have the same value in the scopes of every model.
         settings = _settings(merge.models[0].entry, name, depth[name])
         layer = Layer(name, *place(name), tuple(base.shape), settings)
         reasons = set()
@@ -278,7 +278,7 @@ def _speed(device: torch.device) -> float:
     """Multiply-adds per second of a decomposition on this machine, in `WORK`'s units."""
     probe = torch.randn(_PROBE, _PROBE, device=device, dtype=torch.float64)
     torch.linalg.svdvals(probe)
-    # The best of a few: whatever else runs would only make a sample smaller than it can be.
+    # The fastest of three runs counts: other processes only slow a run down.
     return 3 * _PROBE**3 / min(_timed(probe) for _ in range(3))
 
 

@@ -31,7 +31,7 @@ def to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # What network and FUSE file systems say that cannot promise it.
+        # Network and FUSE file systems that cannot promise it answer with these.
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
@@ -82,7 +82,7 @@ def refuse_used(folder: Path) -> None:
         raise PaveError(f"{folder} is a mount point; name a folder in it for the model.")
 
 
-# A folder of ours for what is half-written: this begin of its name, and these files in it.
+# Names of a scratch folder and of the files in it.
 _SCRATCH, _MARK, _LOCK, _CONTENT = ".mergekit-pave-", "mark.json", "lock", "content"
 _CLAIM = f"{_SCRATCH}claim"
 _MOMENT = 60.0  # seconds, far more than making such a folder takes
@@ -128,9 +128,9 @@ def _remove_left(parent: Path) -> None:
 
 
 def _remove_unmarked(folder: Path) -> None:
-    """Of a process that was killed before it wrote the mark; nothing that holds any byte goes."""
+    """Remove what a process left that was killed before it wrote the mark, if that is empty."""
     names = {entry.name for entry in folder.iterdir()}
-    # A young one may be about to get its mark.
+    # The process that made a young folder may be about to write the mark.
     if names <= {_LOCK} and time.time() - folder.stat().st_mtime > _MOMENT:
         if names and not (folder / _LOCK).stat().st_size:
             (folder / _LOCK).unlink()
@@ -138,7 +138,7 @@ def _remove_unmarked(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The mark goes after the content, so that a kill in between leaves nothing large unmarked."""
+    """Remove the content first: a kill in between leaves the mark for the next call."""
     shutil.rmtree(folder / _CONTENT, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -30,7 +30,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
         last = flat.numel() - _CHUNK
         starts = [last * i // (_CHUNKS - 1) for i in range(_CHUNKS)]
         flat = torch.cat([flat[start : start + _CHUNK] for start in starts])
-    out = torch.zeros(LENGTH, device="cpu")  # whatever device is the default of a worker
+    out = torch.zeros(LENGTH, device="cpu")  # a worker's default device may be another
     out[: flat.numel()] = flat.to("cpu", torch.float32)
     return out
 

@@ -47,7 +47,7 @@ KIND = Kind(
     "mergekit-pave task masks", 3, "The task masks in {} are", "merge again"
 )
 _BASE = "::base"
-# Of a file of a model folder: nothing outside it.
+# A plain file name, which cannot lead out of the model's folder.
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Packed masks held in memory before they are written.

@@ -103,7 +103,7 @@ def _folders(models: Sequence[ModelReference]) -> list[str]:
     names: list[str] = []
     for model in models:
         parts = [name_of(path).split("/")[-1] for path in paths_of(model)]
-        # A `+` or `@` in a path has a meaning to mergekit.
+        # mergekit reads `+` and `@` in a path as adapter and revision.
         name = re.sub(r"[^\w.-]+", "-", "-".join(parts)).lstrip(".") or "model"
         numbered = (f"{name}-{i}" for i in count(2))
         names.append(name if name not in names else next(n for n in numbered if n not in names))

@@ -133,7 +133,7 @@ def compress_task(
                 f"{name} of {tuned.label} or of its base {error}; download or save that "
                 "checkpoint again."
             ) from error
-        # Copies: tensors of a pickled checkpoint may share their memory.
+        # Tensors of a pickled checkpoint may share their memory, so they are copied.
         stored = {key: value.to("cpu", copy=True).contiguous() for key, value in stored.items()}
         writer.add(name, stored, Kept(
             how, tuple(tensor.shape), _held_dtype(name, tensor), energy=energy,

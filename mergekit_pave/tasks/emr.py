@@ -89,7 +89,7 @@ def _own_settings(
         _write_companions(folder, task, beside)
         config = transformers.AutoConfig.from_pretrained(
             beside, trust_remote_code=trust_remote_code)
-        # The code of a repository is looked for where the config says that it came from.
+        # transformers looks for a repository's code at the path that the config names.
         config._name_or_path = str(folder)
         if not (beside / "generation_config.json").exists():
             return config, None
@@ -200,7 +200,7 @@ def _base_folder(
     merged: Path, masks: TaskMasks, given: str | None, options: LoaderOptions
 ) -> Path:
     name = given or masks.base.hub
-    # A public record holds no local path; mergekit's own file, beside the model, does.
+    # Masks name no local path, for they may be published; mergekit's own file does.
     reference = model_reference(name) if name else _configured_base(merged)
     if reference is None:
         raise PaveError(
