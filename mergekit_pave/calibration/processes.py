@@ -35,7 +35,7 @@ _SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 
 
 class Elsewhere(PaveError):
-    """The end of a process when another one has the message for the user."""
+    """Ends a process silently, because the main one prints the message."""
 
     def show(self, file: Any = None) -> None:
         pass
@@ -121,7 +121,7 @@ class Workers:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A part at whose end all processes go on, or all end with the first one's error."""
+        """Synchronise: after the block all processes go on, or all end with the first error."""
         if self.count == 1:
             yield
             return
@@ -141,7 +141,7 @@ class Workers:
             raise Elsewhere(messages[0]) from error
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the main process, in every one of them."""
+        """Call `make` in the main process, and return its result in every one."""
         if self.count == 1:
             return make()
         with self.together():
@@ -151,7 +151,7 @@ class Workers:
         return values[0]
 
     def once_per_machine(self, make: Callable[[], T]) -> T:
-        """`make()` in every process, one of each machine ahead of the others: it fills caches."""
+        """Call `make` in every process, first in one of each machine, which fills the caches."""
         with self.together():
             first = [make()] if self.local_rank == 0 else []
         with self.together():
@@ -198,7 +198,7 @@ def _together() -> Iterator[None]:
 
 @contextmanager
 def _speaking() -> Iterator[None]:
-    """Have the same said when the launcher ends this process on account of another one."""
+    """Raise the same error when the launcher ends this process because of another one."""
 
     def ended(number: int, frame: Any) -> None:
         raise _gone()

@@ -115,7 +115,7 @@ def open_rows(spec: CalibrationSpec) -> Rows:
 
 @cache
 def _warn_of_test_rows(split: str, dataset: str) -> None:
-    """Once per process: a check, a calibration and a held-out pass open the same rows."""
+    """Warn once per process, since check, calibration and evaluation open the same rows."""
     if re.search(r"(?:^|[^a-z])test(?:$|[^a-z])", split.lower()):
         logger.warning(
             "calibration_split %r of %s looks like a test split: results measured on it will "
@@ -224,7 +224,7 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
 
 @cache
 def _warn_of_kinds(folder: Path) -> None:
-    """Of a folder with files of several kinds `datasets` reads one and passes over the rest."""
+    """Warn of files of several kinds in a folder: `datasets` reads one kind and skips the rest."""
     kinds = sorted({builder[0] for file in folder.rglob("*") if (builder := builder_of(file))})
     if len(kinds) > 1 and not (folder / "README.md").exists():
         logger.warning(

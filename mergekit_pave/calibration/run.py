@@ -138,7 +138,7 @@ class _Collector:
     def window(
         self, window: Sequence[SitePlan], run: Callable[[int], Any] | None = None
     ) -> None:
-        """One window; `run` as `collect_window` has it."""
+        """Collect one window; `run` is that of `collect_window`."""
         with self.workers.together():
             try:
                 moments = collect_window(
@@ -155,7 +155,7 @@ class _Collector:
             self.writer.take(moments)
 
     def through_blocks(self, plan: Plan, states: States, entries: dict[str, Entry]) -> bool:
-        """All windows, block by block; False if the model turns out not to go that way.
+        """Collect all windows, block by block; False if the model does not allow it.
 
         `entries` are filled in for the layers whose weights are held on the way.
 

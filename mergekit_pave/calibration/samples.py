@@ -53,7 +53,7 @@ class Samples:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a manifest says of them."""
+        """The data's part of a manifest."""
         return {**self.notes, "tokens": self.tokens, "digest": self.digest}
 
 
@@ -105,8 +105,10 @@ def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
 def stacked(
     items: Sequence[dict[str, Tensor]], rows: Callable[[int], int]
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Items by their numbers, and as `batches` has them; `rows` of those whose largest tensor has
-    so many entries go into one batch."""
+    """Numbers of the items of each batch, and the batch, in the order of `batches`.
+
+    `rows` says how many items go into one batch, by the entries of their largest tensor.
+    """
     groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
     for i, item in enumerate(items):
         key = tuple(sorted((name, tuple(value.shape)) for name, value in item.items()))

@@ -27,7 +27,7 @@ class States:
         self.used = 0
 
     def keep(self, *trees: Any) -> tuple[Any, ...]:
-        """The trees with `_Kept` in place of tensors; one tensor in several is kept once."""
+        """Trees with `_Kept` in place of tensors; a tensor that occurs in several is kept once."""
         kept: dict[int, _Kept] = {}
 
         def put(leaf: Any) -> Any:
@@ -40,7 +40,7 @@ class States:
         return tuple(tree_map(put, tree) for tree in trees)
 
     def get(self, tree: Any) -> Any:
-        """A copy of what was kept, on the devices it came from: in-place changes stay there."""
+        """A copy of what was kept, on its first devices; changes to it leave the original alone."""
         return tree_map(lambda leaf: leaf.load() if isinstance(leaf, _Kept) else leaf, tree)
 
     def _put(self, tensor: Tensor) -> _Kept:

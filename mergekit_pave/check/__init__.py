@@ -62,7 +62,7 @@ def _findings(
 
 
 def _joined(findings: Iterable[Finding]) -> list[Finding]:
-    """Each thing once; a warning with all the places that it was found at."""
+    """Findings without repetitions; a warning names all the places where it was found."""
     places: dict[Finding, list[str]] = {}
     for finding in findings:
         same = replace(finding, where="") if finding.level == "warning" else finding

@@ -26,7 +26,7 @@ _MODULE = ("slices", "models", "parameters", "name")
 
 
 def ignored(config: MergeConfiguration) -> str | None:
-    """A warning where keys of a purified method stand under the plain one, which drops them."""
+    """A warning where keys of a purified method are given to the plain one, which drops them."""
     name = config.merge_method
     if PREFIX + name not in our_names():
         return None
@@ -41,7 +41,7 @@ def ignored(config: MergeConfiguration) -> str | None:
 
 
 def _parameter_names(raw: Any) -> Iterator[str]:
-    """Of every `parameters` mapping of a configuration."""
+    """The keys of every `parameters` mapping of a configuration."""
     if isinstance(raw, list):
         for item in raw:
             yield from _parameter_names(item)

@@ -112,7 +112,7 @@ def _get(config: PretrainedConfig, key: str) -> Any:
 
 
 def _different(a: PretrainedConfig, b: PretrainedConfig) -> bool:
-    """As mergekit decides it: by its own definitions, else by the tensors both have."""
+    """Whether two architectures differ, by mergekit's definitions or else by the model type."""
     known = arch_info_for_config(a), arch_info_for_config(b)
     if None not in known:
         return known[0] != known[1]

@@ -57,7 +57,7 @@ def check_planned(
 def architecture(
     recipe: Recipe, options: LoaderOptions, allowed: Allowances
 ) -> ModelArchitecture:
-    """What mergekit shall merge, with every file of the models at hand or fetched.
+    """The architecture to merge by, after all files of the models were downloaded.
 
     Raises:
         PaveError: the first error of `check_planned`.

@@ -20,7 +20,7 @@ from mergekit_pave.recipe.spelling import suggestion
 
 
 def check_inputs(recipe: Recipe, options: LoaderOptions) -> Iterator[Finding]:
-    """Everything about the inputs that needs no look at them."""
+    """Everything about the inputs that the configuration alone tells."""
     config = recipe.config
     if config.base_model and config.base_model.lora and not options.lora_merge_cache:
         yield error(
@@ -101,7 +101,7 @@ def _check_group(group: Group, method: MergeMethod) -> Iterator[Finding]:
 
 
 def _place(model: ModelReference) -> tuple[str, ...]:
-    """What tells models apart: a folder wherever its path leads, or a name."""
+    """The identity of a model: the real path of its folder, or its name."""
     parts = [part for part in (model.model, model.lora) if part]
     return tuple(
         os.path.realpath(part.path) if os.path.isdir(part.path) else str(part) for part in parts)
@@ -167,7 +167,7 @@ def _check_scales(entries: Iterable[Input]) -> Iterator[Finding]:
 
 
 def _check_purify(entry: Input) -> Iterator[Finding]:
-    """Keys that have no effect or a bad one with this `purify`: the user cannot have meant that."""
+    """Refuse or warn of keys that have no effect, or a bad one, with this `purify`."""
     if entry.estimated and entry.ranked and "weight" in entry.can_be("purify"):
         yield Finding(
             "warning", entry.where, "calibration_dataset: none with purify: weight cuts the base "

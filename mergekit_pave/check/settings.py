@@ -121,7 +121,7 @@ def _habits(
     model: ModelReference, donor: ModelReference, config: MergeConfiguration,
     options: LoaderOptions,
 ) -> Iterator[str]:
-    """What a user meets when a model writes: how it ends, samples, and is addressed."""
+    """How a model ends, samples, and is addressed, where the merge differs."""
     own, other = (tokenizer_of(m, options) for m in (model, donor))
     end, there = (_end_token(part, options) for part in (own, other))
     if None not in (end, there) and end != there:

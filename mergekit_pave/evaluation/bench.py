@@ -86,7 +86,7 @@ class Bench:
     def fresh(
         self, source: ModelSource, which: Sequence[int], part: slice = slice(None)
     ) -> list[Scores]:
-        """Score a model on some tasks, or on a part of their rows, past the cache."""
+        """Score a model on some tasks, or on a part of their rows, without the cache."""
         for i in which:
             self._expert(i)
         shared = [i for i in which if self.asked[i].kind != "classifier"]

@@ -23,7 +23,7 @@ def evaluation_cache() -> Path:
 
 
 def address(about: Any) -> str:
-    """Names a result by what it depends on, plain values."""
+    """The name of a result, a hash of the plain values that it depends on."""
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 

@@ -18,7 +18,7 @@ SEED = 0
 
 
 def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, device: str) -> None:
-    """What `mergekit-yaml` does with a configuration, without a card and without bars.
+    """Merge a configuration as `mergekit-yaml` does, without a card and progress bars.
 
     Raises:
         PaveError: mergekit cannot merge it, or the disk is full.

@@ -140,7 +140,7 @@ def space_of(raw: Raw, method: str | None = None) -> Space:
 
 
 def _under(raw: Raw, method: str) -> Raw:
-    """The same models, with the keys that another method knows, and where it would start."""
+    """The same models under another method: the keys that it knows, and its own first values."""
     declared = {p.name: p for p in merge_methods.get(method).spec.parameters}
     inner = method.removeprefix(PREFIX)
     raw = copy.deepcopy(raw)

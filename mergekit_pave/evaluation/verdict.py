@@ -165,7 +165,7 @@ def printed(lines: Sequence[Sequence[str]]) -> str:
 
 
 def as_dict(of_tasks: Sequence[OfTask], general: OfTask | None) -> dict[str, Any]:
-    """The same as plain values, for JSON."""
+    """Sentence, scores and shares as plain values, for JSON."""
     return {
         "sentence": sentence(of_tasks, general),
         "tasks": [_task(task) for task in of_tasks],

@@ -27,7 +27,7 @@ _RESCALER = Parameter(
 
 
 class EmrMerge(StatefulMethod):
-    """Writes the unified model; beside a model on disk also the tasks' masks, as they come."""
+    """Merges to the unified model, and hands the tasks' masks to the recorder of the merge."""
 
     masks = True
 

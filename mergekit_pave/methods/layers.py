@@ -45,7 +45,7 @@ class Layer:
 
     @property
     def seed(self) -> int:
-        """For the random ablation: differs between layers, not between runs."""
+        """Seed of the random ablation: it differs between layers, not between runs."""
         return zlib.crc32(self.name.encode())
 
 
@@ -200,7 +200,7 @@ class MergeState:
             return self._stores[model, source]
 
     def _layer_by_name(self, model: Hashable, name: str | None, tensor: Tensor) -> Layer | None:
-        """Where no data tells them apart: the layers of the model's class, by name."""
+        """The layer of that name in the model's class, for models without a covariance store."""
         if not isinstance(model, ModelReference) or name is None:
             return Layer(name or "", False, _no_covariance)
         if model not in self._tables:

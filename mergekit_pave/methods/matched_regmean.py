@@ -134,5 +134,5 @@ def solved(
 
 
 def _scaled(layer: Layer, weight: float, device: torch.device) -> Callable[[], Tensor]:
-    """Of a task vector that counts `weight` times, as one of that size would have it."""
+    """Reads a covariance on the scale of a task vector that is `weight` times as large."""
     return lambda: layer.covariance().to(device) * weight**2

@@ -109,7 +109,7 @@ def _layers_key(definition: ModelArchitecture | None, config: PretrainedConfig) 
 
 
 def _tied(names: Collection[str], own: ClassNames | None) -> Mapping[str, tuple[str, ...]]:
-    """A fine-tune may leave out what is tied: it has the tensor that it is tied to."""
+    """Names that may stand for each other, since a checkpoint may leave out one of a tied pair."""
     if own is None:
         return {}
     stored = {own.one(name): name for name in names}

@@ -117,7 +117,7 @@ def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
 
 
 def _renaming(unknown: Sequence[str], names: Collection[str], own: ClassNames) -> str:
-    """How to mend foreign names."""
+    """How a user can mend names that the class does not know."""
     prefix = unknown[0].split(".")[0] + "."
     if all(name.startswith(prefix) for name in names):
         stripped = [name.removeprefix(prefix) for name in names]

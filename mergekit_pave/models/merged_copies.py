@@ -73,7 +73,7 @@ def refuse_two(model: ModelReference) -> None:
 
 
 def _name(part: ModelPath) -> str:
-    """For people. In a model's name `+` and `@` would mean something."""
+    """The readable part of a copy's name, without `+` and `@`, which mergekit would interpret."""
     return os.path.basename(os.path.normpath(part.path)).replace("+", "_").replace("@", "_")
 
 

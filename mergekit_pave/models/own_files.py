@@ -62,7 +62,7 @@ def own_files(
 
 
 def _companions(source: ModelSource) -> dict[str, Path]:
-    """Those of the weights' folder, and of that of the tokenizer, which an adapter may bring."""
+    """Companions from the folder of the weights and, if it is another, that of the tokenizer."""
     found = companions(Path(source.path))
     folder = tokenizer_folder(source)
     if folder is None:

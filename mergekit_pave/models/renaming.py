@@ -107,7 +107,7 @@ class ClassNames:
                 and not (self._not_missed and self._not_missed.search(name))]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor of the class."""
+        """The shape of a tensor of the class; `None` where it has none of that name."""
         return tuple(self._state[name].shape) if name in self._state else None
 
     def in_body(self, name: str) -> bool:

@@ -36,7 +36,7 @@ class LoaderOptions:
 
     @classmethod
     def of(cls, options: MergeOptions) -> LoaderOptions:
-        """Those of a merge."""
+        """The loading options of a merge."""
         return cls(
             options.transformers_cache,
             options.lora_merge_cache,

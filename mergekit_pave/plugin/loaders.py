@@ -11,7 +11,7 @@ from mergekit_pave.models.source import LoaderOptions
 
 
 def close_earlier(config: MergeConfiguration) -> None:
-    """Let go of what an earlier merge of this process has open of these models.
+    """Close the files of these models that an earlier merge of this process has opened.
 
     mergekit keeps loaders by the models' names as long as the process lives: a fine-tune that was
     trained further and saved into its folder would be merged as it was before.

@@ -97,7 +97,7 @@ def mend_merged_copies(common: Any) -> None:
 
 
 def mend_dtype(merge: Any) -> None:
-    """Keep transformers from telling users of the word `torch_dtype`, which `mergekit.merge` uses.
+    """Silence transformers' warning about `torch_dtype`, a keyword that `mergekit.merge` uses.
 
     Every merge would otherwise begin with a warning that no user can do anything about.
     """

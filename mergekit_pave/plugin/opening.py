@@ -54,7 +54,7 @@ def open_state(
         stores[entry.model, source] = open_store(model, source, loading, device)
     tables: dict[Hashable, LayerTable] = {}
     for entry in entries:
-        if entry.told_by_name and entry.model not in tables:
+        if entry.found_by_name and entry.model not in tables:
             trust = loading.trust_remote_code
             settings = entry.model.config(trust_remote_code=trust)
             tables[entry.model] = layer_table(

@@ -103,5 +103,5 @@ def refuse_inputs(out_path: Path | str, models: Iterable[ModelReference]) -> Non
 
 
 def is_replaced_whole(out_path: Path | str) -> bool:
-    """Whether the folder holds masks or a record of ours, which would belie another merge."""
+    """Whether the folder holds masks or a record of ours, which would be wrong beside another."""
     return bool(record.files(out_path) or masks.files(out_path))

@@ -169,7 +169,7 @@ def section(recipe: Recipe, facts: record.Record, figure: str | None = None) -> 
 
 
 def _purified(recipe: Recipe, facts: record.Record) -> bool:
-    """Whether any tensor was: not by a method that is no twin, nor with `rank_ratio: 1.0`."""
+    """Whether any tensor was purified; `rank_ratio: 1.0` purifies none."""
     return purifies(recipe.method) and facts.tensors is not None and facts.tensors.purified > 0
 
 

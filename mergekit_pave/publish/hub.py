@@ -102,7 +102,7 @@ def _is_unedited(text: str, store: CovarianceStore) -> bool:
 
 
 def check_target(repo_id: str, token: str | None = None) -> str:
-    """The token to publish with; what can be known to fail before hours of work fails here.
+    """The token to publish with. Called before hours of work, which a wrong name would waste.
 
     Raises:
         PaveError: `repo_id` is not the id of a repository, or nobody is logged in.

@@ -22,7 +22,7 @@ from mergekit_pave.recipe.parameters import (
 
 
 def purifies(method: MergeMethod) -> bool:
-    """Whether it is a purified twin."""
+    """Whether a method is a purified twin."""
     return getattr(method, "purifies", False)
 
 
@@ -98,7 +98,7 @@ class Input:
         return self.can_be("rank_ratio") != {1} and "covariance" in self.can_be("subspace")
 
     @property
-    def told_by_name(self) -> bool:
+    def found_by_name(self) -> bool:
         """Whether any layer is found by its name, because no covariance store names it."""
         if self.estimated:
             return True

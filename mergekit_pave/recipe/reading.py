@@ -13,7 +13,7 @@ from mergekit_pave.errors import PaveError
 
 
 def configuration(raw: Any) -> MergeConfiguration:
-    """mergekit's own reading of the YAML, its complaints as one sentence."""
+    """Have mergekit read the YAML; its complaint becomes one sentence."""
     try:
         return MergeConfiguration.model_validate(raw)
     except (ValueError, RuntimeError) as fault:
@@ -21,7 +21,7 @@ def configuration(raw: Any) -> MergeConfiguration:
 
 
 def model_reference(name: str) -> ModelReference:
-    """mergekit's own reading of a model's name: `MODEL[@REVISION][+ADAPTER]`."""
+    """Have mergekit read a model's name, `MODEL[@REVISION][+ADAPTER]`."""
     try:
         return ModelReference.model_validate(name)
     except (ValueError, RuntimeError) as fault:

@@ -31,12 +31,12 @@ class Recipe:
 
     @classmethod
     def of(cls, raw: Any) -> Recipe:
-        """Raises `PaveError` where mergekit cannot read it."""
+        """The recipe of parsed YAML; raises `PaveError` where mergekit cannot read it."""
         return cls(configuration(raw), raw)
 
     @classmethod
     def as_written(cls, config: MergeConfiguration, source: str | None) -> Recipe:
-        """A merge that mergekit has read, perhaps from the YAML `source`."""
+        """The recipe of a configuration that mergekit has read, perhaps from the YAML `source`."""
         if source:
             raw = read_yaml(source)
             # A caller's source may be a mere label, and planning rewrites `config` in place.

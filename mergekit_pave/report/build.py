@@ -47,7 +47,7 @@ def build(merge: Merge, sample: Sample, device: torch.device) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits everywhere: what is behind them depends on the machine."""
+    """Round all numbers to six digits: further digits depend on the machine."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
