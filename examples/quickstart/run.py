@@ -1,4 +1,4 @@
-"""Train three small experts, merge them with stock mergekit with and without PAVE, compare.
+"""Train three small experts, merge them with stock mergekit in three ways, compare.
 
     python examples/quickstart/run.py [--out DIR] [--fresh]
 
@@ -26,9 +26,10 @@ from pathlib import Path
 from folders import all_or_nothing, write_rows
 
 HERE = Path(__file__).parent
-METHODS = ("task_arithmetic", "pave_task_arithmetic", "ties", "pave_ties")
+MERGES = ("recommended", "ties", "pave_ties")  # a YAML file beside this one each
 SIZES = {"train": 3000, "validation": 500, "test": 1000}
 CALIBRATION_ROWS = 256
+HELD_OUT_ROWS = 64  # that `mergekit-pave evaluate` looks at, without their labels
 SEED = 0
 
 Table = dict[str, dict[str, float]]  # model -> task -> accuracy
@@ -45,7 +46,7 @@ def main() -> None:
     out = args.out.resolve()
     _require_packages()
     if args.fresh:
-        for name in ("base", "experts", "heads", "calibration", "merged", "cache"):
+        for name in ("base", "experts", "heads", "calibration", "held-out", "merged", "cache"):
             shutil.rmtree(out / name, ignore_errors=True)
 
     seconds: dict[str, float] = {}
@@ -54,21 +55,29 @@ def main() -> None:
     with phase("train", seconds):
         for name, rows in data.items():
             train_expert(out, name, rows["train"])
-    for method in METHODS:
-        with phase(method, seconds):
-            merge(out, method)
-    with phase("evaluate", seconds):
-        table = evaluate(out, {name: rows["test"] for name, rows in data.items()})
+    for name in MERGES:
+        with phase(f"merge: {method(name)}", seconds):
+            merge(out, name)
+    with phase("accuracy", seconds):
+        table = accuracies(out, {name: rows["test"] for name, rows in data.items()})
+    with phase("evaluate, without labels", seconds):
+        evaluate(out, list(data))
 
     text = markdown(table)
     (out / "results.md").write_text(text)
+    draw(table, out / "results.png")
     (out / "results.json").write_text(
         json.dumps({"accuracy": table, "test_rows": SIZES["test"], "seconds": seconds}, indent=2)
     )
-    times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    print(f"\n{text}\nSeconds: {times}; {sum(seconds.values()):.0f} in all.")
-    print(f"The table is in {out / 'results.md'}; the merged models, each for")
-    print(f"AutoModel.from_pretrained, in {out / 'merged'}.")
+    print(f"\nAccuracy on {SIZES['test']} test rows of each task:\n\n{text}")
+    print(f"{sum(seconds.values()):.0f} seconds. Table and picture: {out / 'results.md'}, .png")
+    print(f"Merged models, for AutoModel.from_pretrained: {out / 'merged'}")
+
+
+def method(name: str) -> str:
+    """The merge method that a YAML file names."""
+    text = (HERE / f"{name}.yml").read_text()
+    return re.search(r"^merge_method: (\S+)$", text, re.MULTILINE)[1]
 
 
 def prepare(out: Path) -> dict:
@@ -88,6 +97,8 @@ def prepare(out: Path) -> dict:
         data[task.name] = task.load(SIZES)
         texts, _ = data[task.name]["train"]  # never the rows that are tested
         write_rows(out / "calibration" / f"{task.name}.jsonl", texts[:CALIBRATION_ROWS])
+        texts, _ = data[task.name]["validation"]
+        write_rows(out / "held-out" / f"{task.name}.jsonl", texts[:HELD_OUT_ROWS])
     return data
 
 
@@ -119,18 +130,28 @@ def train_expert(out: Path, name: str, rows) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def merge(out: Path, method: str) -> None:
-    """Run the stock `mergekit-yaml` on this method's YAML, its paths made absolute."""
-    config = out / f"{method}.yml"
-    config.write_text(resolve(HERE.joinpath(config.name).read_text(), out))
-    shutil.rmtree(out / "merged" / method, ignore_errors=True)
-    command = [_script("mergekit-yaml"), config, out / "merged" / method]
-    print("  " + " ".join(map(str, command)), flush=True)
-    # Every input is local, so the Hub need not be asked; covariances stay below `out` too.
+def merge(out: Path, name: str) -> None:
+    """Run the stock `mergekit-yaml` on a YAML file, its paths made absolute."""
+    config = out / f"{name}.yml"
+    config.write_text(resolve((HERE / config.name).read_text(), out))
+    shutil.rmtree(out / "merged" / name, ignore_errors=True)
+    command(out, "mergekit-yaml", config, out / "merged" / name)
+
+
+def evaluate(out: Path, tasks: list[str]) -> None:
+    """Ask `mergekit-pave evaluate` how much of each expert the merges keep."""
+    rows = [f"--held-out={out / 'held-out' / task}.jsonl" for task in tasks]
+    command(out, "mergekit-pave", "evaluate", *(out / "merged" / name for name in MERGES), *rows)
+
+
+def command(out: Path, *words: object) -> None:
+    """Show a command and run it; caches stay below `out`."""
+    print("  $ " + " ".join(map(str, words)), flush=True)
+    # Every input is local, so the Hub need not be asked.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MERGEKIT_PAVE_CACHE": str(out / "cache")}
-    done = subprocess.run(command, env=environment)
+    done = subprocess.run([_script(str(words[0])), *map(str, words[1:])], env=environment)
     if done.returncode:
-        raise SystemExit(f"mergekit-yaml failed on {config} (exit status {done.returncode}).")
+        raise SystemExit(f"{words[0]} ended with exit status {done.returncode}.")
 
 
 def resolve(template: str, out: Path) -> str:
@@ -138,7 +159,7 @@ def resolve(template: str, out: Path) -> str:
     return re.sub(r"(?<=: )\./out/(\S+)", lambda found: json.dumps(f"{out}/{found[1]}"), template)
 
 
-def evaluate(out: Path, tests: dict) -> Table:
+def accuracies(out: Path, tests: dict) -> Table:
     """Test accuracy of base, experts and merges, every encoder under the task's own head."""
     from safetensors.torch import load_file
     from torch import nn
@@ -152,7 +173,7 @@ def evaluate(out: Path, tests: dict) -> Table:
         return Classifier(*_load(folder), head).accuracy(tests[name])
 
     models = {"base": out / "base", "experts": out / "experts"}
-    models |= {method: out / "merged" / method for method in METHODS}
+    models |= {method(name): out / "merged" / name for name in MERGES}
     table: Table = {}
     for label, folder in models.items():
         table[label] = {
@@ -174,6 +195,30 @@ def markdown(table: Table) -> str:
         values = [*row.values(), sum(row.values()) / len(row)]
         lines.append(f"| {label} | " + " | ".join(f"{100 * v:.1f}" for v in values) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw(table: Table, file: Path) -> None:
+    """Bars of the accuracies, a group for each task and one for their average."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    groups = [*next(iter(table.values())), "average"]
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    width = 0.8 / len(table)
+    for i, (label, row) in enumerate(table.items()):
+        values = [100 * v for v in (*row.values(), sum(row.values()) / len(row))]
+        where = [group + (i - (len(table) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(where, values, width, label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(ylim=(max(0, 100 * min(min(r.values()) for r in table.values()) - 10), None),
+             ylabel="accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(table), frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import click
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 # Each command is imported when it is asked for, so that `--help` stays quick.
 _COMMANDS = {
@@ -56,7 +57,8 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens; show tracebacks.")
 @click.version_option(package_name="mergekit-pave")
-def main(verbose: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, verbose: bool) -> None:
     """Purify task vectors before merging (PAVE), inside stock mergekit.
 
     \b
@@ -66,3 +68,4 @@ def main(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
     )
+    ctx.with_resource(logging_redirect_tqdm())  # lines above progress bars, not at their ends

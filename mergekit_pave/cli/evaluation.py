@@ -135,7 +135,8 @@ def tune_command(
     except KeyboardInterrupt:
         raise PaveError(
             "Interrupted: what is scored is kept; run the same command again to go on.") from None
-    click.echo(f"{output}: " + found.text.splitlines()[1].removeprefix("# "))
+    click.echo(f"{output}: " + found.text.splitlines()[1].removeprefix("# ")
+               + f" Next: mergekit-yaml {output} OUT")
 
 
 def _line(text: str) -> str:

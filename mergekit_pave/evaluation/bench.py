@@ -87,17 +87,17 @@ class Bench:
         self, source: ModelSource, which: Sequence[int], part: slice = slice(None)
     ) -> list[Scores]:
         """Score a model on some tasks, or on a part of their rows, without the cache."""
-        for i in which:
+        new = [i for i in which if i not in self._experts]
+        for i in self._bar(new, "Running experts") if new else ():
             self._expert(i)
         shared = [i for i in which if self.asked[i].kind != "classifier"]
         found: dict[int, Scores] = {}
         if shared:
             with opened(source, self.resources) as model:
-                for i in self._bar(shared, source):
+                for i in self._bar(shared, f"Scoring {source.label}"):
                     found[i] = self._score(model, i, part)
-        for i in which:
-            if i in found:
-                continue
+        headed = [i for i in which if i not in found]
+        for i in self._bar(headed, f"Scoring {source.label}") if headed else ():
             # Every expert has a head of its own, perhaps with other classes.
             task, head = self.asked[i], self._expert(i)[1]
             with opened(source, self.resources, task.source.config(), head) as model:
@@ -113,8 +113,8 @@ class Bench:
         except PaveError as error:
             raise PaveError(f"{task.label}: {error}") from error
 
-    def _bar(self, which: Sequence[int], source: ModelSource) -> tqdm:
-        return tqdm(which, desc=f"Scoring {source.label}", unit="task", disable=self.quiet)
+    def _bar(self, which: Sequence[int], what: str) -> tqdm:
+        return tqdm(which, desc=what, unit="task", disable=self.quiet)
 
     def _expert(self, i: int) -> tuple[Reference, dict[str, Tensor] | None]:
         """What an expert says about its rows, and its head; run once, then kept."""

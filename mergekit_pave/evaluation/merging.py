@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
     import mergekit.merge
     from mergekit.options import MergeOptions
 
+    # The same warnings for every candidate, some of a strength that only the search tries.
+    warned = logging.getLogger("mergekit_pave.plugin")
+    level = warned.level
+    warned.setLevel(logging.ERROR)
     try:
         mergekit.merge.run_merge(
             configuration(raw), str(folder),
@@ -40,6 +45,8 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
         raise PaveError(
             f"The merge cannot be written to {folder.parent} ({error.strerror or error}); what is "
             "scored is kept, run it again once there is room.") from error
+    finally:
+        warned.setLevel(level)
 
 
 def _known(raw: Mapping[str, Any]) -> dict[str, Any]:

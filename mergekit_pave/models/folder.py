@@ -62,13 +62,28 @@ def sentence_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def copy_sentence_files(folders: Iterable[Path], out: Path) -> None:
-    """Copy those of the first folder that has any, without replacing a file of `out`."""
-    found = next(filter(None, map(sentence_files, folders)), {})
-    for name, file in found.items():
-        if not (out / name).exists():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(out / name, file.read_bytes())
+def _processor_files(folder: Path) -> dict[str, Path]:
+    names = ("preprocessor_config.json", "processor_config.json")
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder can have one: what only processes images or sound has not."""
+    needs = re.compile(r"\w*tokenizer.*|vocab.*|merges\.txt|.*\.(model|tiktoken|spm)")
+    return not _processor_files(folder) or any(needs.fullmatch(f.name) for f in folder.iterdir())
+
+
+def copy_beside(folders: Iterable[Path], out: Path) -> None:
+    """Copy what mergekit leaves behind: processors, and what sentence-transformers reads.
+
+    Each comes from the first folder that has any, and replaces no file of `out`.
+    """
+    folders = list(folders)
+    for of in (sentence_files, _processor_files):
+        for name, file in next(filter(None, map(of, folders)), {}).items():
+            if not (out / name).exists():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(out / name, file.read_bytes())
 
 
 def copy_companions(files: Mapping[str, Path], out: Path) -> None:

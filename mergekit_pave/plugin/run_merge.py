@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mergekit.architecture import ModelArchitecture
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mergekit_pave import check
 from mergekit_pave.check.keys import ignored
@@ -26,7 +28,7 @@ from mergekit_pave.check.models import Allowances
 from mergekit_pave.check.planned import architecture
 from mergekit_pave.methods.base import StatefulMethod
 from mergekit_pave.methods.layers import MergeState
-from mergekit_pave.models.folder import copy_sentence_files
+from mergekit_pave.models.folder import copy_beside, has_tokenizer
 from mergekit_pave.models.planned import refuse_incomplete
 from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import mends
@@ -34,6 +36,7 @@ from mergekit_pave.plugin.loaders import close_earlier, open_adapted
 from mergekit_pave.plugin.opening import keep_own_files, open_state, writes_masks
 from mergekit_pave.plugin.output import is_replaced_whole, refuse_inputs, taking_the_place
 from mergekit_pave.publish import record
+from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.recipe.spelling import is_ours, looks_like_ours
 from mergekit_pave.storage.masks import refuse_others
@@ -66,22 +69,34 @@ def attach(module: Any) -> None:
         if not known:
             return run_merge(*args, **kwargs)
 
-        def merge(out: Path) -> Any:
-            bound.arguments["out_path"] = str(out)
+        def merge(out: Path, options: MergeOptions) -> Any:
+            bound.arguments |= {"out_path": str(out), "options": options}
             return run_merge(*bound.args, **bound.kwargs)
 
-        return _around(
-            merge, given["merge_config"], given["out_path"], given["options"],
-            given.get("config_source"),
-        )
+        with _lines_above_bars():
+            return _around(
+                merge, given["merge_config"], given["out_path"], given["options"],
+                given.get("config_source"),
+            )
 
     module.run_merge = around
     mends.let_planner_ask(module.MergePlanner, _METHOD.get)
     mends.let_merges_know(module, _ARCHITECTURE.get)
 
 
+@contextmanager
+def _lines_above_bars() -> Iterator[None]:
+    """Warnings appear above a progress bar, not at its end.
+
+    The handlers of logging belong to all threads, so only the main one's merge exchanges them.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    with logging_redirect_tqdm() if main else nullcontext():
+        yield
+
+
 def _around(
-    merge: Callable[[Path], Any], config: MergeConfiguration, out_path: Path | str,
+    merge: Callable[[Path, MergeOptions], Any], config: MergeConfiguration, out_path: Path | str,
     options: MergeOptions, source: str | None,
 ) -> Any:
     close_earlier(config)
@@ -90,9 +105,9 @@ def _around(
         if warning := ignored(config):
             logger.warning("%s", warning)
         if not is_replaced_whole(out_path):
-            return merge(Path(out_path))
+            return merge(Path(out_path), options)
         with taking_the_place(out_path) as out:
-            return merge(out)
+            return merge(out, options)
     loading = LoaderOptions.of(options)
     refuse_inputs(out_path, config.referenced_models())
     allowed = Allowances(options.allow_crimes, options.unsafe_truncate_embeddings)
@@ -106,14 +121,17 @@ def _around(
         planned = architecture(recipe, loading, allowed)
         open_adapted(config, options)
     entries = recipe.inputs  # before mergekit's planner rewrites the configuration
+    folders = _folders(config, loading)
     if writes_masks(entries):
         refuse_others(out_path)
     with taking_the_place(out_path) as out:
         with torch.device("cpu"):
             state = open_state(recipe, out, options, loading)
         with _method_of(name, state), _planned_as(planned):
-            result = merge(out)
-        _keep_sentence_files(config, out, loading)
+            result = merge(out, options.model_copy(update={
+                "copy_tokenizer": options.copy_tokenizer and has_tokenizer(folders[0])}))
+        if (out / "config.json").is_file():
+            copy_beside(folders, out)
         with torch.device("cpu"):
             refuse_incomplete(out, config, loading)
         if state.masks:
@@ -122,18 +140,17 @@ def _around(
         if options.write_model_card:
             record.write(out, record.of_merge(recipe, state))
     if not options.quiet:
-        _say(out_path, name, state)
+        data = {entry.get("calibration_dataset") for entry in entries}
+        _say(out_path, name, state, has_data=not data & {None, DATA_FREE, GENERATED})
     return result
 
 
-def _keep_sentence_files(config: MergeConfiguration, out: Path, loading: LoaderOptions) -> None:
-    """mergekit copies config and tokenizer alone; pooling and the like are the base's."""
-    if not (out / "config.json").is_file():
-        return
+def _folders(config: MergeConfiguration, loading: LoaderOptions) -> list[Path]:
+    """The models' folders, the first the one that mergekit takes config and tokenizer from."""
     models = [config.base_model, *config.referenced_models()]
     named = dict.fromkeys(model for model in models if model is not None)
     sources = (model_source(model, loading, unmerged=True) for model in named)
-    copy_sentence_files((Path(source.path) for source in sources), out)
+    return [Path(source.path) for source in sources]
 
 
 @contextmanager
@@ -162,7 +179,7 @@ def _planned_as(planned: ModelArchitecture) -> Iterator[None]:
         _ARCHITECTURE.reset(token)
 
 
-def _say(out_path: Path | str, name: str, state: MergeState) -> None:
+def _say(out_path: Path | str, name: str, state: MergeState, has_data: bool) -> None:
     # A method that looks at no covariance counts nothing.
     if any(state.counts.values()):
         click.echo(state.coverage(merge_methods.get(name).treated), err=True)
@@ -173,3 +190,7 @@ def _say(out_path: Path | str, name: str, state: MergeState) -> None:
             "writes a task's model.",
             err=True,
         )
+        return
+    rows = "" if has_data else ", with --held-out ROWS for each model,"
+    click.echo(f"mergekit-pave: {out_path} is complete. `mergekit-pave evaluate {out_path}`{rows} "
+               "says how much of each model it keeps.", err=True)

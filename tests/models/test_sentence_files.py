@@ -1,4 +1,4 @@
-"""What sentence-transformers needs beside a merge of embedding models."""
+"""What sentence-transformers and image processors need beside a merge."""
 
 from __future__ import annotations
 
@@ -64,3 +64,15 @@ def test_a_list_of_modules_leads_to_no_other_folder(tmp_path):
         "modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
     (model / "modules.json").write_text("{")
     assert sentence_files(model) == {}
+
+
+def test_images_take_their_processor_along_and_miss_no_tokenizer(tmp_path, caplog):
+    from transformers import AutoImageProcessor
+
+    paths = make_family(tmp_path / "models", "vit")
+    config = {"merge_method": "tsv_m", "base_model": str(paths["base"]), "dtype": "float32",
+              "models": [{"model": str(paths[f"expert{i}"])} for i in range(2)]}
+    merge(config, tmp_path / "out", copy_tokenizer=True)
+    assert "Failed to copy" not in caplog.text
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").size == \
+        AutoImageProcessor.from_pretrained(paths["base"]).size
