@@ -141,7 +141,7 @@ def _around(
             record.write(out, record.of_merge(recipe, state))
     if not options.quiet:
         data = {entry.get("calibration_dataset") for entry in entries}
-        _say(out_path, name, state, has_data=not data & {None, DATA_FREE, GENERATED})
+        say_what_is_done(out_path, name, state, has_data=not data & {None, DATA_FREE, GENERATED})
     return result
 
 
@@ -179,7 +179,8 @@ def _planned_as(planned: ModelArchitecture) -> Iterator[None]:
         _ARCHITECTURE.reset(token)
 
 
-def _say(out_path: Path | str, name: str, state: MergeState, has_data: bool) -> None:
+def say_what_is_done(out_path: Path | str, name: str, state: MergeState, has_data: bool) -> None:
+    """The last lines of a merge: what it did, and the command that says what it is worth."""
     # A method that looks at no covariance counts nothing.
     if any(state.counts.values()):
         click.echo(state.coverage(merge_methods.get(name).treated), err=True)

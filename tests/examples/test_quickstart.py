@@ -26,9 +26,8 @@ def _template(name):
     return yaml.safe_load((QUICKSTART / f"{name}.yml").read_text())
 
 
-@pytest.mark.parametrize("plain", ["task_arithmetic", "ties"])
-def test_twins_differ_by_purification_alone(plain):
-    ours, theirs = _template(f"pave_{plain}"), _template(plain)
+def test_twins_differ_by_purification_alone():
+    ours, theirs = _template("pave_ties"), _template("ties")
     assert ours.pop("merge_method") == "pave_" + theirs.pop("merge_method")
     for scope in (ours, *ours["models"]):
         kept = {k: v for k, v in scope["parameters"].items() if k not in PARAMETERS}
@@ -38,14 +37,15 @@ def test_twins_differ_by_purification_alone(plain):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("method", run.METHODS)
-def test_templates_become_absolute(method, tmp_path):
+@pytest.mark.parametrize("merge", run.MERGES)
+def test_templates_become_absolute(merge, tmp_path):
     out = tmp_path / "a folder: with # traps"
-    config = yaml.safe_load(run.resolve((QUICKSTART / f"{method}.yml").read_text(), out))
+    config = yaml.safe_load(run.resolve((QUICKSTART / f"{merge}.yml").read_text(), out))
+    assert config["merge_method"] == run.method(merge)
     assert config["base_model"] == str(out / "base")
     names = [task.name for task in tasks.TASKS]
     assert [m["model"] for m in config["models"]] == [str(out / "experts" / n) for n in names]
-    if method.startswith("pave_"):
+    if run.method(merge).startswith("pave_"):
         assert [m["parameters"]["calibration_dataset"] for m in config["models"]] == [
             str(out / "calibration" / f"{n}.jsonl") for n in names
         ]
@@ -138,6 +138,11 @@ def test_table():
     ]
 
 
+def test_picture(tmp_path):
+    run.draw({"base": {"a": 0.5, "b": 0.25}, "ties": {"a": 1.0, "b": 0.1}}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_quickstart_as_a_user_runs_it(tmp_path):
     for package in (tasks.BASE_PACKAGE, "pythonbible", *(t.package for t in tasks.TASKS)):
@@ -147,10 +152,11 @@ def test_quickstart_as_a_user_runs_it(tmp_path):
     command = [sys.executable, str(QUICKSTART / "run.py"), "--out", str(out)]
     subprocess.run(command, check=True, cwd=tmp_path)
     table = json.loads((out / "results.json").read_text())["accuracy"]
-    assert set(table) == {"base", "experts", *run.METHODS}
+    assert (out / "results.png").is_file()
+    assert set(table) == {"base", "experts", *map(run.method, run.MERGES)}
     average = {label: sum(row.values()) / len(row) for label, row in table.items()}
     assert all(table["experts"][name] > value for name, value in table["base"].items())
-    assert all(average[method] > average["base"] for method in run.METHODS)
+    assert all(average[run.method(name)] > average["base"] for name in run.MERGES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
     # Experts are kept, and what was half done is done again.

@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.methods.tsv_regmean import TsvRegMean
 from mergekit_pave.plugin import register
+from mergekit_pave.plugin.run_merge import say_what_is_done
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -64,11 +65,19 @@ def test_the_last_line_of_a_merge_is_the_one_shown():
     assert state.coverage(TsvRegMean.treated) in README
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    command = re.search(r'pip install torch\S+ && pip install -e "\.\[test\]" && pytest', README)
-    assert command
-    ci = (ROOT / ".ci" / "run").read_text("utf-8").replace(" --quiet", "")
-    assert command.group() in ci
+def test_what_a_merge_says_comes_next_is_what_is_shown(capsys):
+    say_what_is_done("./merged", "tsv_regmean", MergeState(), has_data=False)
+    assert capsys.readouterr().err in README
+    say_what_is_done("./merged", "tsv_regmean", MergeState(), has_data=True)
+    assert "--held-out" not in capsys.readouterr().err
+
+
+def test_the_two_commands_are_one_line_each_and_ci_runs_that_of_the_tests():
+    part = README.partition("## Two commands")[2].partition("\n## ")[0]
+    commands = re.findall(r"```sh\n(.*?)```", part, re.DOTALL)
+    assert commands == ["bash examples/quickstart/run.sh\n", "bash tests/run.sh\n"]
+    assert all((ROOT / command.split()[1]).is_file() for command in commands)
+    assert commands[1] in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
 def _anchors(document: Path) -> set[str]:
