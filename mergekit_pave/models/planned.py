@@ -75,6 +75,8 @@ def plan(
     base = checkpoints[config.base_model or config.referenced_models()[0]]
     defined = [arch_info_for_config(item.config) for item in checkpoints.values()]
     definition = defined[0] if None not in defined else None
+    if definition and not _lists(definition, checkpoints.values()):
+        definition = None
     if definition and not crimes and any(other != definition for other in defined):
         definition = None
     tried: list[tuple[ModelArchitecture, Comparison]] = []
@@ -85,6 +87,16 @@ def plan(
         if tried[-1][1].fits or crimes:
             return Plan(*tried[-1], notes=_notes(definition, base, tried))
     raise PaveError(_refusal(base, tried[-1][1], checkpoints.values()))
+
+
+def _lists(definition: ModelArchitecture, checkpoints: Iterable[Checkpoint]) -> bool:
+    """Whether mergekit's definition finds the settings that it asks of every config."""
+    try:
+        for item in checkpoints:
+            definition.all_weights(item.config)
+    except (RuntimeError, AttributeError):  # as of a Qwen2-VL, whose layers stand in text_config
+        return False
+    return True
 
 
 def _plans(
