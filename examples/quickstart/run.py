@@ -174,8 +174,12 @@ def accuracies(out: Path, tests: dict) -> Table:
 
     models = {"base": out / "base", "experts": out / "experts"}
     models |= {method(name): out / "merged" / name for name in MERGES}
-    table: Table = {}
+    # Base and experts stay as they are until they are trained again.
+    kept = out / "heads" / "accuracy.json"
+    table: Table = json.loads(kept.read_text()) if kept.exists() else {}
     for label, folder in models.items():
+        if label in table:
+            continue
         table[label] = {
             name: accuracy(
                 folder / name if label == "experts" else folder,
@@ -185,6 +189,8 @@ def accuracies(out: Path, tests: dict) -> Table:
             for name in tests
         }
         print(f"  {label}: " + ", ".join(f"{k} {v:.3f}" for k, v in table[label].items()))
+        if label == "experts":
+            kept.write_text(json.dumps(table))
     return table
 
 

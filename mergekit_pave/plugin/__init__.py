@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 
@@ -24,11 +25,9 @@ def register() -> tuple[str, ...]:
         PaveError: the installed mergekit is older than 0.1.5.
     """
     _require_mergekit()
-    import mergekit.merge
-    import mergekit.plan
-
-    for module in (mergekit.plan, mergekit.merge):
-        attach(module)
+    # Not `import mergekit.merge`: that may be running, and then its package does not have it yet.
+    for name in ("mergekit.plan", "mergekit.merge"):
+        attach(importlib.import_module(name))
     return _register_methods()
 
 

@@ -76,3 +76,18 @@ def test_images_take_their_processor_along_and_miss_no_tokenizer(tmp_path, caplo
     assert "Failed to copy" not in caplog.text
     assert AutoImageProcessor.from_pretrained(tmp_path / "out").size == \
         AutoImageProcessor.from_pretrained(paths["base"]).size
+
+
+@pytest.mark.slow
+def test_sentence_transformers_loads_the_merge(tmp_path, embeddings):
+    library = pytest.importorskip("sentence_transformers")
+    config, paths = embeddings
+    from sentence_transformers import models
+
+    body = models.Transformer(str(paths["base"]), max_seq_length=64)
+    pooling = models.Pooling(body.get_word_embedding_dimension(), pooling_mode="max")
+    library.SentenceTransformer(modules=[body, pooling], device="cpu").save(str(paths["base"]))
+    merge(config, tmp_path / "out", copy_tokenizer=True)
+    loaded = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert loaded.max_seq_length == 64 and "max" in str(loaded[1].get_config_dict())
+    assert loaded.encode(["w1 w2", "w3"]).shape == (2, 32)
