@@ -46,6 +46,11 @@ KINDS = {
         vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2,
                            patch_size=4)),
     "CLIPModel": dict(text_config=dict(**COMMON), vision_config=VISION),
+    "Qwen2VLForConditionalGeneration": dict(
+        text_config=dict(**COMMON, rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2,
+                           patch_size=4)),
 }
 
 
