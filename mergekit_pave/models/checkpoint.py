@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from mergekit_pave.models.layers import empty_model
 from mergekit_pave.models.renaming import ClassNames, is_buffer
 from mergekit_pave.models.source import LoaderOptions, model_source
 
+# As safetensors and torch call their dtypes.
+_INTEGER = re.compile(r"[IU]\d|u?int|bool", re.IGNORECASE)
 logger = logging.getLogger(__name__)
 
 
@@ -97,7 +100,11 @@ def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
         return None, None
     random, cls = item.random, item.own.label
     for name, header in item.headers.items():
-        there = item.own.shape(item.own.one(name) or "")
+        own = item.own.one(name) or ""
+        there = item.own.shape(own)
+        if _INTEGER.match(header.dtype) and item.own.is_floating(own):
+            return (f"{name} of {item.label} holds integers ({header.dtype}), as quantised weights "
+                    "do: name the full-precision checkpoint."), None
         if there not in (None, header.shape):
             return (f"{name} of {item.label} is {header.shape}, and by its config {there}: correct "
                     "config.json, or download or save that checkpoint again."), None

@@ -24,11 +24,21 @@ _COMPANIONS = re.compile(
 
 # Keys in them that can hold a path of the machine they were made on.
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+_LFS = b"version https://git-lfs"
 
 
 def is_companion(name: str) -> bool:
     """Whether a file of that name is a config, a tokenizer's, or remote code."""
     return _COMPANIONS.fullmatch(name) is not None
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raise `PaveError` where Git has left a pointer in place of a file of weights or tokenizer."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS):
+            raise PaveError(
+                f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its "
+                "folder, or download the model with `hf download`.")
 
 
 def companions(folder: Path) -> dict[str, Path]:

@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import WEIGHTS
+from mergekit_pave.models.folder import WEIGHTS, refuse_pointers
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_LFS = b"version https://git-lfs"
 _INDEX = ".index.json"
 _AGAIN = "download or save that checkpoint again"
 
@@ -70,6 +69,7 @@ def headers(folder: Path) -> dict[str, Header]:
         PaveError: no weights, a missing, damaged or cut file, or an index that does not fit the
             files. The message names the file.
     """
+    refuse_pointers(folder)
     name = next((n for n in WEIGHTS if any(
         (folder / (n + end)).exists() for end in ("", _INDEX))), None)
     if name is None:
@@ -95,12 +95,13 @@ def headers(folder: Path) -> dict[str, Header]:
 
 def adapter_headers(folder: Path) -> dict[str, Header]:
     """Every tensor of an adapter; errors as `headers`."""
+    refuse_pointers(folder)
     return _read(next(folder / name for name in ADAPTERS if (folder / name).exists()))
 
 
 def _listed(index: Path) -> dict[str, str]:
     try:
-        listed = json.loads(_text(index))["weight_map"]
+        listed = json.loads(index.read_text("utf-8"))["weight_map"]
         inside = all(isinstance(file, str) and Path(file).name == file and file not in ("", "..")
                      for file in listed.values())
     except (ValueError, KeyError, AttributeError, TypeError) as fault:
@@ -108,13 +109,6 @@ def _listed(index: Path) -> dict[str, str]:
     if not inside:
         raise PaveError(f"{index} names files outside its folder; {_AGAIN}.")
     return listed
-
-
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    if content.startswith(_LFS):
-        raise PaveError(_pointer(path))
-    return content.decode("utf-8")
 
 
 def _compare(index: Path, listed: dict[str, str], found: dict[str, Header]) -> None:
@@ -139,17 +133,9 @@ def _and_more(names: Iterable[str]) -> str:
 
 
 def _read(path: Path) -> dict[str, Header]:
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise PaveError(_pointer(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _read_pickle(path)
-
-
-def _pointer(path: Path) -> str:
-    return (f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder, "
-            "or download the model with `hf download`.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Header]:

@@ -110,6 +110,10 @@ class ClassNames:
         """The shape of a tensor of the class; `None` where it has none of that name."""
         return tuple(self._state[name].shape) if name in self._state else None
 
+    def is_floating(self, name: str) -> bool:
+        """Whether a tensor is one of the class that holds floating-point numbers."""
+        return name in self._state and self._state[name].is_floating_point()
+
     def in_body(self, name: str) -> bool:
         """Whether a tensor of the class belongs to its body, and not to a head for one task.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.folder import refuse_pointers
 from mergekit_pave.models.layers import refuse_quantised
 from mergekit_pave.models.merged_copies import NOT_THERE, merged_copy
 from mergekit_pave.models.names import is_local, name_of
@@ -218,9 +219,13 @@ def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConf
         raise PaveError(f"{path} is a quantised GGUF file: name the full-precision checkpoint.")
     folder = Path(path)
     if path.startswith(("/", ".", "~")) and not folder.exists():
-        raise PaveError(f"There is no model folder {path}: correct the path.")
+        more = model.lora is not None or model.model.revision is not None
+        meant = " (what follows a `+` or `@` is read as an adapter or a revision)" if more else ""
+        raise PaveError(f"There is no model folder {path}: correct the path{meant}.")
     if folder.exists() and not (folder / "config.json").is_file():
         raise PaveError(_no_config(folder))
+    if folder.exists():
+        refuse_pointers(folder)
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as fault:

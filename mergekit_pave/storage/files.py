@@ -61,8 +61,8 @@ def locked(path: Path, wait: bool = True) -> AbstractContextManager[Any]:
 def unwritable(folder: Path, error: OSError) -> PaveError:
     """The sentence about a folder that cannot be written to."""
     return PaveError(
-        f"Cannot write to the folder {folder} ({error.strerror}); name another one with "
-        "--output or, for the cache of merges, with MERGEKIT_PAVE_CACHE."
+        f"Cannot write to the folder {folder} ({error.strerror}); name another one (that "
+        "of the cache is set by MERGEKIT_PAVE_CACHE)."
     )
 
 

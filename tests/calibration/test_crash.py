@@ -96,7 +96,7 @@ def test_killed_at_random_moments(families, texts, tmp_path, kills):
         assert _same(CovarianceStore(_folder(cache)), whole)
         assert before.items() <= {
             f: f.stat().st_mtime_ns for f in cache.glob("*/covariance-*.safetensors")}.items()
-        # Killed after the last file had its name, an empty folder may stay: nothing is written then.
+        # After the last file has its name, a kill may leave an empty folder.
         assert not list(cache.rglob(".mergekit-pave-*/content/*"))
     # The moments were not all before the first window or after the last.
     assert partial and (kills < 50 or len(moments) > 2), (partial, moments)

@@ -124,6 +124,12 @@ FILES = {
     "pointer": (lambda p: (p / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
         "model.safetensors is a Git LFS pointer"),
+    "tokenizer": (lambda p: (p / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        "tokenizer.json is a Git LFS pointer"),
+    "integers": (lambda p: rewrite(p, lambda s: {
+        **s, "model.norm.weight": s["model.norm.weight"].to(torch.int8)}),
+        "model.norm.weight of .* holds integers"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no weights"),
     "prefix": (lambda p: rewrite(p, lambda s: {f"module.{k}": v for k, v in s.items()}),
                "take the prefix `module.` off"),
