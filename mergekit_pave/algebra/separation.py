@@ -48,8 +48,8 @@ def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
 _FLOOR = 1e-9
 # Singular values below this share of the largest are rounding.
 _NULL = 1e-10
-# Singular values below this share of the largest are lost in the square, in float64.
-_RESOLVED = 1e-5
+# Of a merged change: what the square in float64 may cost one of its singular directions.
+_ERROR = 3e-6
 
 
 def regmean(
@@ -103,7 +103,10 @@ def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:
     d = double(delta)
     squares, v = gram_eigh(d.mT if flat else d)
     s = squares.clamp_min(0).sqrt()
-    if s[0] < _RESOLVED * s[-1] and noise < _RESOLVED * s[-1]:
+    # Of a singular value of size `r` over the largest the square loses `eps r^-2` to rounding, of
+    # what it becomes there that is `eps r^-(1 + p)`.
+    resolved = (torch.finfo(d.dtype).eps / _ERROR) ** (1 / (1 + flattening))
+    if max(s[0] / s[-1], noise / s[-1]) < resolved:
         u, s, vh = torch.linalg.svd(d, full_matrices=False)
         v = u if flat else vh.mT
     # Null directions stay null: S^0 would give them the strength of all others.

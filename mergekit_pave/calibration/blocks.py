@@ -15,6 +15,8 @@ pass (`observed`) leaves marks of what each block was given, and `Walk.agrees` c
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +30,8 @@ from transformers import PreTrainedModel
 from mergekit_pave.calibration.collect import Batch, Stop, forward
 from mergekit_pave.calibration.observed import first_of, marks_of
 from mergekit_pave.calibration.states import States
+
+_LIBC = None if sys.platform == "win32" else ctypes.CDLL(None)
 
 
 class Walk:
@@ -100,6 +104,7 @@ class Walk:
                 hook = _hook(module)
                 hook.offload = True
                 hook.post_forward(module, None)
+            trim()
 
     def run(self, block: int, number: int, keep: bool) -> Any:
         """Send batch `number` through `block`, within `at(block)`.
@@ -165,6 +170,15 @@ class Walk:
             # Until it is released the hook leaves the weights where they are.
             hook.offload = False
             self._held.append(module)
+
+
+def trim() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps small freed pieces for later use, beside which the next block's weights are loaded.
+    """
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 def _hook(module: nn.Module) -> Any:

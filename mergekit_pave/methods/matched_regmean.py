@@ -24,7 +24,7 @@ from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.papers import REGMEAN
 from mergekit_pave.algebra.response import evening, strength, toward
 from mergekit_pave.algebra.separation import flattened
-from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta
+from mergekit_pave.algebra.tsv import kept_rank, merged_change
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import tsv
 from mergekit_pave.methods.base import CovarianceMethod, check_finite, spec_of
@@ -88,14 +88,19 @@ class MatchedRegMean(CovarianceMethod):
             delta = (double(entry.tensor) - double(base)) * weights[entry.id]
             return torch.add(double(base), delta, alpha=parameters["lambda"]).to(base)
         transposed = layers[changed[0].id].transposed
+        counts = [weights[e.id] for e in changed]
+        # As `tsv_m` finds it, in float32 where that carries it.
+        prior = merged_change(
+            base, [e.tensor for e in changed], counts,
+            kept_rank(base.shape, len(changed), parameters["rank_fraction"]))
         deltas = [(wide(e.tensor) - wide(base)) * weights[e.id] for e in changed]
-        deltas = [d.mT if transposed else d for d in deltas]
+        if transposed:
+            prior, deltas = prior.mT, [d.mT for d in deltas]
         readers = [_scaled(layers[e.id], weights[e.id], base.device) for e in changed]
-        noise = rounding(base)
         try:
             delta = solved(
-                deltas, readers, [noise * abs(weights[e.id]) for e in changed],
-                parameters["flattening"], parameters["rank_fraction"])
+                deltas, readers, prior, rounding(base) * max(map(abs, counts)),
+                parameters["flattening"])
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise PaveError(
                 f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
@@ -107,29 +112,26 @@ class MatchedRegMean(CovarianceMethod):
 def solved(
     deltas: list[Tensor],
     covariances: list[Callable[[], Tensor]],
-    noises: list[float],
+    prior: Tensor,
+    noise: float,
     flattening: float | None = None,
-    rank_fraction: float | None = None,
 ) -> Tensor:
     """The merged change `s U S^(1 - f) V^T` (out, in) float64 of one linear layer.
 
     Args:
         deltas: `D_t` (out, in) each.
         covariances: each reads one `C_t` (in, in).
-        noises: the largest singular value that the rounding of each may have.
+        prior: `P` (out, in).
+        noise: the largest singular value that rounding may have.
         flattening: `f`; `1 - N^-1/2` when not given.
-        rank_fraction: of TSV-Merge.
 
     Raises:
         ValueError: the covariances are not finite, or all of them are empty.
         torch.linalg.LinAlgError: they are no second moments.
     """
-    count = kept_rank(deltas[0].shape, len(deltas), rank_fraction)
-    prior = merged_delta(
-        [factors(d, count, noise) for d, noise in zip(deltas, noises, strict=True)])
     found = toward(deltas, covariances, prior)
     evened = flattened(
-        found.delta, evening(deltas) if flattening is None else flattening, max(noises))
+        found.delta, evening(deltas) if flattening is None else flattening, noise)
     return evened * strength(found.answer, evened, found.moment)
 
 

@@ -1,7 +1,7 @@
 """TSV-Merge, and its mean with RegMean without data, against the published procedure, in one run.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/spectral.py [--shapes NAME ...] [--tasks 2 3 8]
-        [--repeats N] [--json PATH]
+        [--repeats N] [--seed N] [--json PATH]
 
 One weight of T models, CPU time of one thread, ratios to `published`: the procedure of the paper's
 repository in float32, an SVD of every task vector, truncation to R / T, two more SVDs for the polar
@@ -10,6 +10,7 @@ tasks have in common.
 
 * tsv_m: `merged_change`, from the weights to the merged task vector.
 * tsv_regmean: the same, `regmean` with covariances estimated from the task vectors, `flattened`.
+* matched_regmean: `toward` from `tsv_m`, evened out and scaled, the same covariances.
 * float64: what `tsv_m` computes where float32 does not do.
 * factorise: the eigenvalue problems alone that `tsv_m` solves, of random matrices: what it would
   cost if all products were free.
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from mergekit_pave.algebra.separation import flattened, regmean
 from mergekit_pave.algebra.tsv import factors, kept_rank, merged_change, merged_delta
+from mergekit_pave.methods.matched_regmean import solved
 
 SHAPES = {
     "768x768": (768, 768), "3072x768": (3072, 768), "768x3072": (768, 3072),
@@ -41,8 +43,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-def task_vectors(out: int, width: int, tasks: int) -> list[Tensor]:
-    g, rank = torch.Generator().manual_seed(0), min(out, width) // 4
+def task_vectors(out: int, width: int, tasks: int, seed: int = 0) -> list[Tensor]:
+    g, rank = torch.Generator().manual_seed(seed), min(out, width) // 4
     common = torch.randn(out, 16, generator=g), torch.randn(16, width, generator=g)
     decay = torch.arange(1, rank + 1) ** -0.7
     return [
@@ -85,13 +87,18 @@ def without_data(deltas: list[Tensor]) -> Tensor:
     return flattened(regmean(deltas, covariances, [1.0] * len(deltas), 0.9, averaging), 0.5)
 
 
+def matched(deltas: list[Tensor], prior: Tensor) -> Tensor:
+    """The rest of `matched_regmean` with covariances estimated from the task vectors."""
+    return solved(deltas, [lambda d=d: d.mT @ d / len(d) for d in deltas], prior, 0.0)
+
+
 def error(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def rows(name: str, counts: list[int], repeats: int) -> list[dict[str, Any]]:
+def rows(name: str, counts: list[int], repeats: int, seed: int) -> list[dict[str, Any]]:
     out, width = SHAPES[name]
-    deltas = task_vectors(out, width, max(counts))
+    deltas = task_vectors(out, width, max(counts), seed)
     decomposed = [timed(lambda d=d: svd(d), repeats) for d in deltas]
     square, _ = timed(lambda: torch.randn(min(out, width), min(out, width)), 1)
     square = square + square.mT
@@ -102,6 +109,7 @@ def rows(name: str, counts: list[int], repeats: int) -> list[dict[str, Any]]:
                       **compared(deltas[:tasks], decomposed[:tasks], eigen, repeats)})
         print("{shape:>10} T={tasks}  published {published seconds:7.2f} s   "
               "float64 {float64:.2f}   tsv_m {tsv_m:.2f}   tsv_regmean {tsv_regmean:.2f}   "
+              "matched_regmean {matched_regmean:.2f} (float64: {matched float64:.2f})   "
               "factorise {factorise:.2f}   errors: published "
               "{error of published:.1e}, tsv_m {error of tsv_m:.1e} ({dtype})".format(**found[-1]),
               flush=True)
@@ -118,10 +126,13 @@ def compared(
     published = seconds + sum(seconds for _, seconds in decomposed)
     ours, tsv = timed(lambda: merged_change(base, deltas, [1.0] * tasks, count), repeats)
     _, rest = timed(lambda: without_data(deltas), repeats)
+    _, answered = timed(lambda: matched(deltas, ours), repeats)
     truth, double = timed(lambda: merged_delta([factors(d, count) for d in deltas]), 1)
     return {
         "published seconds": published, "float64": double / published,
         "tsv_m": tsv / published, "tsv_regmean": (tsv + rest) / published,
+        "matched_regmean": (tsv + answered) / published,
+        "matched float64": (double + answered) / published,
         "factorise": (tasks + (2 if tasks > 2 else 2 * 0.4)) * eigen / published,
         "dtype": str(ours.dtype).removeprefix("torch."),
         "error of published": error(merged, truth), "error of tsv_m": error(ours, truth),
@@ -133,12 +144,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES)[:3])
     parser.add_argument("--tasks", nargs="*", type=int, default=[2, 3, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = []
     for name in arguments.shapes:
-        found += rows(name, arguments.tasks, arguments.repeats)
+        found += rows(name, arguments.tasks, arguments.repeats, arguments.seed)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
