@@ -201,3 +201,13 @@ def test_flattening_is_the_svds(shape, power, last):
     powers = np.where(s > noise, s ** (1 - power), 0)
     wanted = u * (powers * strong.mean() / powers.mean()) @ vt
     assert error(flattened(delta, power, noise), wanted) < 1e-9
+
+
+def test_one_tiny_singular_value_costs_no_second_decomposition(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    s = torch.logspace(0, -3, 40, dtype=torch.float64)
+    s[-1] = 3e-7
+    u, v = basis(60, 40, generator), basis(40, 40, generator)
+    monkeypatch.delattr(torch.linalg, "svd")
+    wanted = u * (s.sqrt() * s.mean() / s.sqrt().mean()) @ v.T
+    assert error(flattened(u * s @ v.T, 0.5), wanted.numpy()) < 1e-7
