@@ -217,6 +217,5 @@ def test_a_large_model_is_read_less_than_by_windows(tmp_path):
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["weights read, windows / blocks"] > 3
     assert figures["cpu, windows / blocks"] > 1.6
-    # A whole block's weights are held: more than windows need. test_memory.py has the bound.
-    assert figures["peak, windows / blocks"] > 0.7
+    assert figures["peak, windows / blocks"] > 0.95
     assert figures["largest difference"] < 1e-6
