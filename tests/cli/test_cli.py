@@ -286,7 +286,7 @@ def test_output_that_cannot_be_a_folder(calibrate, tmp_path):
     (tmp_path / "file").touch()
     assert calibrate("-o", tmp_path / "file")[0] == 2
     code, _, err = calibrate("-o", tmp_path / "file" / "store")
-    assert code == 1 and "Cannot write to the folder" in err and "--output" in err
+    assert code == 1 and "Cannot write to the folder" in err and "name another one" in err
 
 
 # --- tracebacks ----------------------------------------------------------------------------

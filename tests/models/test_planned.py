@@ -40,11 +40,6 @@ KINDS = {
                                        num_heads=4, decoder_start_token_id=0),
     "GPTNeoXForCausalLM": COMMON,
     "BertForMaskedLM": COMMON,
-    "Qwen2VLForConditionalGeneration": dict(
-        text_config=dict(**COMMON, num_key_value_heads=2, rope_parameters=dict(
-            rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
-        vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2,
-                           patch_size=4)),
     "CLIPModel": dict(text_config=dict(**COMMON), vision_config=VISION),
     "Qwen2VLForConditionalGeneration": dict(
         text_config=dict(**COMMON, rope_parameters={
