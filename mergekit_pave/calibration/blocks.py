@@ -31,7 +31,7 @@ from mergekit_pave.calibration.collect import Batch, Stop, forward
 from mergekit_pave.calibration.observed import first_of, marks_of
 from mergekit_pave.calibration.states import States
 
-_LIBC = None if sys.platform == "win32" else ctypes.CDLL(None)
+_TRIM = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Walk:
@@ -177,8 +177,8 @@ def trim() -> None:
 
     glibc keeps small freed pieces for later use, beside which the next block's weights are loaded.
     """
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def _hook(module: nn.Module) -> Any:
