@@ -6,7 +6,7 @@ OUT is what `run.py` has made (base, experts, calibration rows). Every method of
 at all strengths of its grid, and at its other second parameters in the middle of the grid. Each
 merge is scored three times: without labels, on rows that calibration does not draw; on validation
 rows with labels; on test rows. What is scored is kept, so that a stopped run goes on. The tables go
-to `results/SETTING/label_free.{csv,md}`.
+to `results/SETTING/label_free.{csv,md}`, of another seed than 0 to `label_free_SEED.{csv,md}`.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def main() -> None:
     lines = list(lab.run(names, args.finished))
     target = args.results / args.setting
     target.mkdir(parents=True, exist_ok=True)
-    with (target / "label_free.csv").open("w", newline="") as file:
+    name = f"label_free_{args.seed}" if args.seed else "label_free"
+    with (target / f"{name}.csv").open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["method", "lambda", "second", "label_free", *SPLITS])
         for x in lines:
@@ -239,7 +240,7 @@ def main() -> None:
             " and what the method does by default. Last column: Spearman's correlation of the "
             "label-free with the test score over the merges."
             + (f" {args.test_rows} test rows of each task." if args.test_rows else ""))
-    (target / "label_free.md").write_text(f"{note}\n\n{text}\n")
+    (target / f"{name}.md").write_text(f"{note}\n\n{text}\n")
     print(text)
 
 

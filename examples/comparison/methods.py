@@ -18,6 +18,7 @@ SUM = (0.15, 0.25, 0.4, 0.6, 0.9)  # of methods that add task vectors up
 MEAN = (0.75, 1.25, 1.75, 2.5, 3.5)  # of methods that average them
 SOLVED = (0.7, 0.85, 1.0, 1.2, 1.5)  # of those that keep tasks apart, where 1 is meant
 FLATTENED = (0.7, 1.0, 1.25, 1.5, 1.8)
+MATCHED = (0.5, 0.65, 0.8, 1.0, 1.2)
 SHRUNK = (0.2, 0.35, 0.5, 0.75, 1.0)
 WEIGHT_RATIOS = (0.98, 0.95, 0.995)  # of `purify: weight`; the first is the default
 DELTA_RATIOS = (0.25, 0.1, 0.5)  # of `purify: delta`
@@ -146,6 +147,8 @@ METHODS: tuple[Method, ...] = (
            "averaging", {"flattening": 0.5}, twin="regmean", calibration="none"),
     Method("tsv_regmean (without data)", "tsv_regmean", "plain", FLATTENED, (0.5, 0.3, 0.7),
            "balance", {"flattening": 0.5}, twin="tsv_m", calibration="none"),
+    Method("matched_regmean (without data)", "matched_regmean", "plain", MATCHED,
+           twin="tsv_regmean (without data)", calibration="none"),
     *(
         _purified(name, purify, SHRUNK if (name, purify) == ("tsv_m", "separate") else
                   _PLAIN[name][0], _PLAIN[name][1])

@@ -2,11 +2,15 @@
 
     python examples/comparison/prototypes.py --setting encoder --tasks nouns,verbs,icd
         [--methods tsv_m/matched_regmean] [--strengths matched:1,plain:1.25] [--split test]
+    python examples/comparison/prototypes.py --setting causal --screen matched_regmean
 
 Uses the experts that `run.py` has trained, adds a line per merge to `prototypes.csv` and row scores
 to `prototypes.jsonl` in `out/SETTING`, and prints every score with the difference from the first,
 both with 95 % intervals of a paired bootstrap over rows and tasks. A merge that is there already is
 not made again. A task may name its seed (`nouns:1`); the same task twice is an overlap.
+
+`--screen` merges and scores nothing: it prints what strengths from the weights alone come to, as
+multiples of the matched one: the median over the matrices, and their 10th and 90th percentile.
 
 Everything that is no matrix, and the vocabulary, gets the mean of the task vectors.
 """
@@ -26,6 +30,7 @@ from run import HERE, surroundings
 surroundings()
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from strengths import closed_forms  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mergekit_pave.algebra.response import estimated, evening, matched, toward  # noqa: E402
@@ -114,14 +119,30 @@ class Experts:
     def _folder(self, task: str, seed: str) -> Path:
         return self.out / "experts" / (seed or "0") / task
 
+    def deltas(self, name: str) -> tuple[list[Tensor], bool]:
+        """Those that are not zero, and whether the tensor is a matrix to merge as one."""
+        weight = self.base[name]
+        deltas = [expert[name].double() - weight.double() for expert in self.experts]
+        deltas = [d for d in deltas if d.any()]
+        plain = weight.ndim != 2 or "embed" in name or "lm_head" in name
+        return deltas, bool(deltas) and not plain
+
+    def screen(self, method: Callable[[Deltas], Tensor], every: int) -> dict[str, list[float]]:
+        """What `closed_forms` finds in every first, second, ... matrix, in the order of names."""
+        found: dict[str, list[float]] = {}
+        matrices = [name for name in sorted(self.base) if self.deltas(name)[1]]
+        for matrix in matrices[::every]:
+            deltas, _ = self.deltas(matrix)
+            for name, value in closed_forms(deltas, method(deltas)).items():
+                found.setdefault(name, []).append(value)
+        return found
+
     def merged(self, method: Callable[[Deltas], Tensor]) -> dict[str, tuple[Tensor, float]]:
         """Name -> the change that a method makes of a matrix, or the mean, and its strength."""
         result = {}
         for name, weight in self.base.items():
-            deltas = [expert[name].double() - weight.double() for expert in self.experts]
-            deltas = [d for d in deltas if d.any()]
-            plain = weight.ndim != 2 or "embed" in name or "lm_head" in name
-            if plain or not deltas:
+            deltas, matrix = self.deltas(name)
+            if not matrix:
                 total = sum(deltas, torch.zeros_like(weight, dtype=torch.float64))
                 result[name] = total / len(self.experts), 0.0
             else:
@@ -164,6 +185,8 @@ def main() -> None:
     parser.add_argument("--methods", type=lambda text: text.split("/"),
                         default=["tsv_m", "blend", "matched_regmean"], help="NAME/NAME/...")
     parser.add_argument("--strengths", type=lambda text: text.split(","), default=["matched:1"])
+    parser.add_argument("--screen", choices=METHODS, help="only strengths, of this method")
+    parser.add_argument("--every", type=int, default=1, help="screen one matrix of so many")
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--threads", type=int, default=1)
@@ -173,6 +196,11 @@ def main() -> None:
     out = args.out.resolve() / args.setting
     tasks = args.tasks or importlib.import_module(args.setting).NAMES
     experts, kept = Experts(args.setting, out, tasks), Kept(out, tasks, args.split)
+    if args.screen:
+        for name, values in experts.screen(METHODS[args.screen], args.every).items():
+            low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+            print(f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
+        return
     for name in ("base", "experts"):
         if name not in kept.rows:
             for of, rows in experts.references(args.split).items():

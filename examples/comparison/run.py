@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: out, or out/quick, next to this file")
     parser.add_argument("--only", type=_names, metavar="METHOD,...",
                         help="these methods, with their plain twins")
+    parser.add_argument("--defaults", action="store_true",
+                        help="tune nothing: methods at their defaults, into OUT/SETTING/defaults")
     parser.add_argument("--again", type=_names, default=(), metavar="METHOD,...",
                         help="forget the scores of these methods: their code has changed")
     parser.add_argument("--exact", action="store_true",
@@ -117,11 +120,12 @@ def _setting(name: str, out: Path, args: argparse.Namespace) -> None:
         print(f"  forgot {bench.forget(set(args.again))} scores", flush=True)
     exact = args.exact and name == "causal"
     comparison = compare(bench, chosen, extra, args.seeds, exact)
-    text = report.write(comparison, out)
-    files = plots.draw(json.loads((out / "results.json").read_text()), out / "plots")
+    folder = out / "defaults" if args.defaults else out
+    text = report.write(comparison, folder)
+    files = plots.draw(json.loads((folder / "results.json").read_text()), folder / "plots")
     print(f"\n{text}")
-    print(f"{bench.merges} merges, {time.perf_counter() - start:.0f} s. In {out}: results.md, .csv"
-          f" and .json; the YAML of every line in yaml, {len(files)} figures in plots.")
+    print(f"{bench.merges} merges, {time.perf_counter() - start:.0f} s. In {folder}: results.md,"
+          f" .csv and .json; the YAML of every line in yaml, {len(files)} figures in plots.")
 
 
 def _chosen(ablations: tuple, curves: tuple[str, ...] | None) -> tuple:
@@ -149,7 +153,8 @@ def _methods(args: argparse.Namespace) -> list:
             if reason := unavailable(method):
                 print(f"  skipped {method.name}: {reason}", flush=True)
             else:
-                result.append(method)
+                untuned = replace(method, strengths=(), ratios=())
+                result.append(untuned if args.defaults else method)
     return result
 
 
