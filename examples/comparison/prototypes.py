@@ -33,11 +33,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from strengths import closed_forms  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from mergekit_pave.algebra.response import estimated, evening, matched, toward  # noqa: E402
+from mergekit_pave.algebra.response import evening, matched, toward  # noqa: E402
 from mergekit_pave.algebra.separation import flattened, regmean  # noqa: E402
 from mergekit_pave.algebra.tsv import factors, kept_rank, merged_delta, polar  # noqa: E402
 
 Deltas = Sequence[Tensor]  # (out, in) float64 each
+
+
+def estimated(delta: Tensor) -> Tensor:
+    """`D^T D` (in, in), in the place of the second moment of the inputs."""
+    return delta.mT @ delta
 
 
 def tsv_m(deltas: Deltas) -> Tensor:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from helpers import make_family, write_texts
 from mergekit.config import MergeConfiguration
@@ -27,7 +26,6 @@ import methods  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import search  # noqa: E402
-import strengths  # noqa: E402
 
 import mergekit_pave  # noqa: E402
 from mergekit_pave.check import check  # noqa: E402
@@ -74,29 +72,6 @@ def test_every_method_finds_a_peak_within_the_budget(method, place):
 def test_nothing_to_tune_is_one_merge():
     (average,) = (m for m in methods.METHODS if m.name == "average")
     assert search.tune(average, lambda *_: 0.5).tried == ((None, None, 0.5),)
-
-
-# --- strengths from the weights -------------------------------------------------------------
-
-
-def test_every_strength_of_a_model_alone_is_the_one_that_gives_it_back():
-    delta = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = strengths.closed_forms([delta], 2 * delta)
-    assert found.pop("plain") == pytest.approx(2)
-    assert found.pop("least squares, root") == pytest.approx(2**0.5)
-    assert found == pytest.approx(dict.fromkeys(found, 1.0))
-
-
-def test_strengths_of_two_models_that_share_nothing():
-    first, second = torch.diag_embed(torch.tensor([[2.0, 0], [0, 1]], dtype=torch.float64))
-    found = strengths.closed_forms([first, second], first + second)
-    same = ("matched to each task, least", "least squares", "least squares onto the sum",
-            "answer of the sum", "length of the sum", "largest singular value, largest")
-    assert {name: found[name] for name in same} == pytest.approx(dict.fromkeys(same, 1.0))
-    assert found["answer of the mean"] == pytest.approx(0.5)
-    assert found["length"] == pytest.approx(0.5**0.5)
-    assert found["largest singular value, mean"] == pytest.approx(0.75)
-    assert found["answer to all inputs, largest"] == pytest.approx((16 / 17) ** 0.5)
 
 
 # --- configurations ------------------------------------------------------------------------
