@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import convert_file_size_to_int
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.layers import BUILDING, model_class, refuse_quantised
 from mergekit_pave.models.loaded import NO_ADAPTER, refuse_other_values, refuse_random
 from mergekit_pave.models.source import ModelSource
+from mergekit_pave.storage.sizes import from_environment
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,8 @@ class Resources:
         """`MERGEKIT_PAVE_MAX_MEMORY` and `MERGEKIT_PAVE_STATISTICS_MEMORY`, such as `8GiB`."""
         return cls(
             torch.device(device),
-            parse_bytes("MERGEKIT_PAVE_MAX_MEMORY", os.environ.get("MERGEKIT_PAVE_MAX_MEMORY")),
-            parse_bytes(
-                "MERGEKIT_PAVE_STATISTICS_MEMORY",
-                os.environ.get("MERGEKIT_PAVE_STATISTICS_MEMORY"),
-            ),
+            from_environment("MERGEKIT_PAVE_MAX_MEMORY"),
+            from_environment("MERGEKIT_PAVE_STATISTICS_MEMORY"),
         )
 
     def weights_budget(self) -> int:
@@ -62,16 +58,6 @@ class Resources:
         if self.device.type != "cpu":
             return int(torch.get_device_module(self.device).mem_get_info(self.device)[0] * 0.3)
         return int(psutil.virtual_memory().available * 0.3)
-
-
-def parse_bytes(name: str, text: str | None) -> int | None:
-    """`8GiB`, `500MB` or a number of bytes; raises `PaveError` naming the setting."""
-    if not text:
-        return None
-    try:
-        return int(text) if text.isdigit() else convert_file_size_to_int(text)
-    except (ValueError, OverflowError):
-        raise PaveError(f"{name} must be a size such as 8GiB or 500MB; got {text!r}.") from None
 
 
 def load_model(

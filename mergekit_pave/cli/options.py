@@ -80,7 +80,7 @@ def memory_option(flag: str, text: str) -> Callable:
     """A size such as 8GiB, as bytes."""
 
     def read(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
-        from mergekit_pave.calibration.load import parse_bytes
+        from mergekit_pave.storage.sizes import parse_bytes
 
         return parse_bytes(flag, value)
 

@@ -24,7 +24,7 @@ from mergekit_pave.evaluation.scores import Scores
 from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_recipe, same_merge
 from mergekit_pave.evaluation.verdict import OfTask, as_dict, sentence, verdicts
 from mergekit_pave.evaluation.writing import written
-from mergekit_pave.models.folder import check_finished
+from mergekit_pave.models.headers import check_finished
 from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.files import make_folder, scratch

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import is_local, name_of
@@ -116,63 +113,3 @@ def public_json(content: bytes) -> bytes:
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-def check_finished(folder: Path) -> list[str]:
-    """Names of the files that hold a model's weights, an index first.
-
-    Raises:
-        PaveError: `folder` has no config, or not all of the weights, or a file is cut short.
-    """
-    if not (folder / "config.json").is_file():
-        raise PaveError(f"{folder} holds no finished merge: it has no config.json; merge again.")
-    complete = (*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))
-    there = [name for name in complete if (folder / name).is_file()]
-    if len(there) > 1:
-        raise PaveError(
-            f"{folder} holds the weights of two merges ({there[0]} and {there[1]}): merge again "
-            "into an empty folder."
-        )
-    if not there:
-        raise PaveError(f"{folder} holds no finished merge: it has no weights; merge again.")
-    if there[0] in WEIGHTS:
-        _tensors_in(folder, there[0])
-        return there
-    shards = _index(folder / there[0])
-    for name, tensors in shards.items():
-        if not (folder / name).is_file():
-            raise PaveError(f"{folder} holds no finished merge: {name} is missing; merge again.")
-        found = _tensors_in(folder, name)
-        if found is not None and not tensors <= found:
-            raise PaveError(
-                f"{folder / name} has no {min(tensors - found)}, which {there[0]} names there: it "
-                "is of another merge; merge again into an empty folder."
-            )
-    return [*there, *shards]
-
-
-def _index(path: Path) -> dict[str, set[str]]:
-    """Each shard that an index names, and the tensors in it."""
-    shards: dict[str, set[str]] = {}
-    try:
-        for tensor, name in json.loads(path.read_text("utf-8"))["weight_map"].items():
-            if Path(name).name != name or name in ("", "..") or "\\" in name:
-                raise ValueError(f"{name} is no file beside it")
-            shards.setdefault(name, set()).add(tensor)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise PaveError(f"{path} is damaged ({error}); merge again.") from error
-    return dict(sorted(shards.items()))
-
-
-def _tensors_in(folder: Path, name: str) -> set[str] | None:
-    """The tensors of a file by its header; `None` for a pickled one, which has no header."""
-    path = folder / name
-    try:
-        if name.endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
-                return set(file.keys())
-        if not zipfile.is_zipfile(path):  # a file that is cut short lacks the table at its end
-            raise OSError("no archive of torch")
-        return None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PaveError(f"{path} is cut short or damaged ({error}); merge again.") from error

@@ -22,6 +22,7 @@ from mergekit_pave.models.folder import WEIGHTS, refuse_pointers
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = ".index.json"
 _AGAIN = "download or save that checkpoint again"
+_MERGE = "download it or merge again into an empty folder"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def is_downloaded(snapshot: Path) -> bool:
         if (snapshot / (name + _INDEX)).exists():
             try:
                 return all((snapshot / file).exists() for file in
-                           _listed(snapshot / (name + _INDEX)).values())
+                           _listed(snapshot / (name + _INDEX), _AGAIN).values())
             except PaveError:
                 return True
         if (snapshot / name).exists():
@@ -62,8 +63,12 @@ def is_downloaded(snapshot: Path) -> bool:
     return False
 
 
-def headers(folder: Path) -> dict[str, Header]:
+def headers(folder: Path, again: str = _AGAIN) -> dict[str, Header]:
     """Every tensor that mergekit would find in `folder`, by its name.
+
+    Args:
+        folder: of a model.
+        again: what a person should do about a damaged folder, as the end of a sentence.
 
     Raises:
         PaveError: no weights, a missing, damaged or cut file, or an index that does not fit the
@@ -73,11 +78,11 @@ def headers(folder: Path) -> dict[str, Header]:
     name = next((n for n in WEIGHTS if any(
         (folder / (n + end)).exists() for end in ("", _INDEX))), None)
     if name is None:
-        raise PaveError(_no_weights(folder))
+        raise PaveError(_no_weights(folder, again))
     index = folder / (name + _INDEX)
     if not index.exists():
-        return _read(folder / name)
-    listed = _listed(index)
+        return _read(folder / name, again)
+    listed = _listed(index, again)
     if (folder / name).exists() and name not in listed.values():
         raise PaveError(
             f"{folder} holds the weights of two models: mergekit reads {index.name}, transformers "
@@ -87,43 +92,62 @@ def headers(folder: Path) -> dict[str, Header]:
     for shard in sorted(set(listed.values())):
         if not (folder / shard).is_file():
             raise PaveError(
-                f"{folder / shard} is missing, which {index.name} names; {_AGAIN}.")
-        found |= _read(folder / shard)
-    _compare(index, listed, found)
+                f"{folder / shard} is missing, which {index.name} names; {again}.")
+        found |= _read(folder / shard, again)
+    _compare(index, listed, found, again)
     return found
+
+
+def check_finished(folder: Path) -> list[str]:
+    """Names of the files that hold a merge's weights, an index first.
+
+    Raises:
+        PaveError: no config, weights of two merges, or an error of `headers`.
+    """
+    if not (folder / "config.json").is_file():
+        raise PaveError(f"{folder} holds no finished merge: it has no config.json; {_MERGE}.")
+    there = [name for name in (*WEIGHTS, *(name + _INDEX for name in WEIGHTS))
+             if (folder / name).is_file()]
+    if len(there) > 1:
+        raise PaveError(
+            f"{folder} holds the weights of two merges ({there[0]} and {there[1]}): {_MERGE}.")
+    files = {header.file for header in headers(folder, _MERGE).values()}
+    return [*(name for name in there if name.endswith(_INDEX)), *sorted(files)]
 
 
 def adapter_headers(folder: Path) -> dict[str, Header]:
     """Every tensor of an adapter; errors as `headers`."""
     refuse_pointers(folder)
-    return _read(next(folder / name for name in ADAPTERS if (folder / name).exists()))
+    return _read(next(folder / name for name in ADAPTERS if (folder / name).exists()), _AGAIN)
 
 
-def _listed(index: Path) -> dict[str, str]:
+def _listed(index: Path, again: str) -> dict[str, str]:
     try:
         listed = json.loads(index.read_text("utf-8"))["weight_map"]
         inside = all(isinstance(file, str) and Path(file).name == file and file not in ("", "..")
                      for file in listed.values())
     except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise PaveError(f"{index} is no index of weights; {_AGAIN}.") from fault
+        raise PaveError(f"{index} is no index of weights; {again}.") from fault
     if not inside:
-        raise PaveError(f"{index} names files outside its folder; {_AGAIN}.")
+        raise PaveError(f"{index} names files outside its folder; {again}.")
     return listed
 
 
-def _compare(index: Path, listed: dict[str, str], found: dict[str, Header]) -> None:
+def _compare(
+    index: Path, listed: dict[str, str], found: dict[str, Header], again: str
+) -> None:
     absent = [name for name, file in listed.items()
               if name not in found or found[name].file != file]
     if absent:
         raise PaveError(
             f"{index.parent / listed[absent[0]]} lacks {absent[0]}, which {index.name} says is in "
-            f"it{_and_more(absent)}; {_AGAIN}."
+            f"it{_and_more(absent)}; {again}."
         )
     extra = [name for name in found if name not in listed]
     if extra:
         raise PaveError(
             f"{index} does not list {extra[0]} of {found[extra[0]].file}{_and_more(extra)}; "
-            f"{_AGAIN}."
+            f"{again}."
         )
 
 
@@ -132,23 +156,23 @@ def _and_more(names: Iterable[str]) -> str:
     return f" (and {more} more)" if more else ""
 
 
-def _read(path: Path) -> dict[str, Header]:
+def _read(path: Path, again: str) -> dict[str, Header]:
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path)
+        return _read_safetensors(path, again)
+    return _read_pickle(path, again)
 
 
-def _read_safetensors(path: Path) -> dict[str, Header]:
+def _read_safetensors(path: Path, again: str) -> dict[str, Header]:
     try:
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Header(path.name, tuple(part.get_shape()), part.get_dtype())
                     for name, part in parts.items()}
     except (SafetensorError, OSError, ValueError) as fault:
-        raise PaveError(f"{path} is cut short or damaged ({fault}); {_AGAIN}.") from fault
+        raise PaveError(f"{path} is cut short or damaged ({fault}); {again}.") from fault
 
 
-def _read_pickle(path: Path) -> dict[str, Header]:
+def _read_pickle(path: Path, again: str) -> dict[str, Header]:
     """Shapes of a pickled checkpoint; its values stay on disk, and nothing but tensors is read."""
     try:
         state: Any = torch.load(
@@ -156,28 +180,28 @@ def _read_pickle(path: Path) -> dict[str, Header]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as fault:
         reason = str(fault).strip().splitlines()[0].rstrip(".") if str(fault).strip() else "cut"
         raise PaveError(
-            f"{path} is cut short, damaged, or holds more than tensors ({reason}); {_AGAIN}, as "
+            f"{path} is cut short, damaged, or holds more than tensors ({reason}); {again}, as "
             "safetensors."
         ) from fault
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise PaveError(f"{path} holds no state of a model; {_AGAIN}.")
+        raise PaveError(f"{path} holds no state of a model; {again}.")
     return {name: Header(path.name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, again: str) -> str:
     there = sorted(path.name for path in folder.iterdir() if path.is_file())
     wanted = f"{WEIGHTS[0]} or {WEIGHTS[0]}{_INDEX}"
     for name in WEIGHTS:
         stem, end = name.rsplit(".", 1)
         if shard := next((f for f in there if f.startswith(stem + "-") and f.endswith(end)), None):
             return (f"{folder} holds shards of weights such as {shard} without their index "
-                    f"{name}{_INDEX}; {_AGAIN}.")
+                    f"{name}{_INDEX}; {again}.")
     other = next((f for f in there if f.endswith((
         ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"))), None)
     if other:
         return (f"{folder} has no weights that mergekit reads ({wanted}), only {other}: load the "
                 "model with transformers and save it again with save_pretrained.")
-    return f"{folder} has no weights ({wanted} is missing); {_AGAIN}."
+    return f"{folder} has no weights ({wanted} is missing); {again}."

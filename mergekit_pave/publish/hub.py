@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished, companions, sentence_files
+from mergekit_pave.models.folder import companions, sentence_files
+from mergekit_pave.models.headers import check_finished
 from mergekit_pave.publish import record
 from mergekit_pave.publish.card import FIGURES, write_card
 from mergekit_pave.publish.markdown import CARD

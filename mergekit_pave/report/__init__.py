@@ -1,6 +1,6 @@
 """What purification does to one merge, as numbers (`report.json`), figures and a page.
 
 `measure` computes the numbers of one weight, `merge` and `survey` find the weights, `build` makes
-the dictionary that `figures` and `page` read.
+the `facts` that `figures` and `page` show.
 """
 

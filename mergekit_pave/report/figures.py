@@ -1,4 +1,4 @@
-"""The report's figures, drawn with plain matplotlib from the report's dictionary alone.
+"""The report's figures, drawn with plain matplotlib from the report's facts alone.
 
 A figure has one panel for each kind of weight; the panels share their axes, so that they can be
 compared at a glance. The page shows it as SVG, the folder `figures` keeps it as PNG.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -21,14 +21,13 @@ import numpy as np
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report.build import TOKENS_PER_DIMENSION
+from mergekit_pave.report.facts import Report, Row, Weight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Report = Mapping[str, Any]
-Row = Mapping[str, Any]
-Layers = list[Mapping[str, Any]]
+Layers = list[Weight]
 
 # At most so many kinds of weights are drawn, the largest; the JSON has all.
 MOST_KINDS = 9
@@ -132,14 +131,14 @@ def _blocks(axes: Axes, names: Sequence[str]) -> None:
 def _spectra(report: Report) -> Figure:
     groups = kinds(report)
     figure, panels = _panels(list(groups))
-    x = [100 * share for share in report["shares"]]
+    x = [100 * share for share in report.shares]
     for axes, layers in zip(panels, groups.values(), strict=True):
         for key, label, colour, style in (
             ("covariance", "weighted by the covariance", STRONG, "-"),
             ("svd", "plain SVD", WEAK, "--"),
         ):
             lines = [
-                [max(v, FLOOR) for v in pointwise(median, [r["spectrum"][key] for r in rows])]
+                [max(v, FLOOR) for v in pointwise(median, [getattr(r.spectrum, key) for r in rows])]
                 for rows in by_model(layers).values()
             ]
             _curves(axes, x, lines, label, colour, style)
@@ -151,16 +150,16 @@ def _spectra(report: Report) -> Figure:
 def _error(report: Report) -> Figure:
     groups = kinds(report)
     figure, panels = _panels(list(groups))
-    x = [100 * share for share in report["shares"]]
+    x = [100 * share for share in report.shares]
     for axes, layers in zip(panels, groups.values(), strict=True):
         lines = [
-            [v if v > 0 else nan for v in pointwise(median, [r["error"] for r in rows])]
+            [v if v > 0 else nan for v in pointwise(median, [r.error for r in rows])]
             for rows in by_model(layers).values()
         ]
         _curves(axes, x, lines, "energy lost", STRONG)
-        knee = 100 * median(row["knee"] for layer in layers for row in layer["models"])
+        knee = 100 * median(row.knee for layer in layers for row in layer.models)
         axes.axvline(knee, color=WEAK, linestyle=":", label="knee, median")
-        cut = 100 * mean(layer["rank_ratio"] for layer in layers)
+        cut = 100 * mean(layer.rank_ratio for layer in layers)
         axes.axvline(cut, color=MUTED, linestyle="--", label="this merge's rank_ratio")
         axes.set_yscale("log")
         axes.set(xlabel="rank ratio (% kept)", ylabel="activated energy lost")
@@ -186,8 +185,8 @@ def _energy(report: Report) -> Figure:
     return _finish(figure, panels)
 
 
-def _entry(key: str, row: Row, layer: Row) -> float:
-    return row[key]
+def _entry(key: str, row: Row, layer: Weight) -> float:
+    return getattr(row, key)
 
 
 def _interference(report: Report) -> Figure:
@@ -199,7 +198,8 @@ def _interference(report: Report) -> Figure:
             ("relative_before", "before purification", WEAK, "--"),
             ("relative_after", "after purification", STRONG, "-"),
         ):
-            line = [mean(one["interference"][key] for one in some) for some in blocks.values()]
+            line = [mean(getattr(one.interference, key) for one in some)
+                    for some in blocks.values()]
             _curves(axes, range(len(blocks)), [line], label, colour, style)
         _blocks(axes, list(blocks))
         axes.set_ylim(bottom=0)
@@ -228,7 +228,7 @@ def _ranks(report: Report) -> Figure:
     """Kept ranks: layers across, models down."""
     groups = kinds(report)
     figure, panels = _panels(list(groups), _height(report))
-    parts = [grid(report, layers, lambda row, layer: 100 * row["kept"] / layer["rank"])
+    parts = [grid(report, layers, lambda row, layer: 100 * row.kept / layer.rank)
              for layers in groups.values()]
     low = min((v for matrix, _ in parts for row in matrix for v in row if v is not None),
               default=0.0)
@@ -239,19 +239,19 @@ def _ranks(report: Report) -> Figure:
 
 def _overlap(report: Report) -> Figure:
     """Mean overlap of every two models: of their task vectors, and of what they drop."""
-    parts = report["summary"]["overlap"]
-    titles = {"output": "task vectors: output side", "input": "task vectors: input side",
-              "dropped": "dropped by PAVE"}
+    overlap = report.summary.overlap
+    parts = {"task vectors: output side": overlap.output,
+             "task vectors: input side": overlap.input, "dropped by PAVE": overlap.dropped}
     figure, panels = _panels(
-        [f"{title} (chance {parts[key]['chance'] or 0:.2f})" for key, title in titles.items()],
+        [f"{title} (chance {part.chance or 0:.2f})" for title, part in parts.items()],
         _height(report))
     # The diagonal is left out, since a model shares everything with itself.
     matrices = [[[None if i == j else v for j, v in enumerate(row)]
-                 for i, row in enumerate(parts[key]["matrix"])] for key in titles]
+                 for i, row in enumerate(part.matrix)] for part in parts.values()]
     high = max((v for matrix in matrices for row in matrix for v in row if v), default=1.0)
     for axes in panels:
-        axes.set_xticks(range(len(report["models"])),
-                        [str(i + 1) for i in range(len(report["models"]))])
+        axes.set_xticks(range(len(report.models)),
+                        [str(i + 1) for i in range(len(report.models))])
         axes.set_xlabel("model")
     return _heat(figure, panels, matrices, 0.0, high, "overlap")
 
@@ -260,17 +260,17 @@ def _covariances(report: Report) -> Figure:
     """How much data every covariance saw, and how many directions the data fill."""
     figure, (tokens, filled) = _panels(
         ["how much data", "how many directions they fill"], _height(report))
-    seen = report["covariances"]
-    numbers = [c["model"] + 1 for c in seen]
-    tokens.plot([c["tokens_per_dimension"] for c in seen], numbers, "o", color=STRONG,
+    seen = report.covariances
+    numbers = [c.model + 1 for c in seen]
+    tokens.plot([c.tokens_per_dimension for c in seen], numbers, "o", color=STRONG,
                 markersize=3, alpha=0.4, label="one covariance")
     tokens.axvline(1, color=WEAK, linestyle="--", label="below 1: singular")
     tokens.axvline(TOKENS_PER_DIMENSION, color=MUTED, linestyle="--",
                    label=f"below {TOKENS_PER_DIMENSION:g}: noisy")
     tokens.set_xscale("log")
     tokens.set(xlabel="tokens per dimension", ylabel="model")
-    ranks = [(100 * c["effective_rank"] / c["width"], c["model"] + 1) for c in seen
-             if c["effective_rank"]]
+    ranks = [(100 * c.effective_rank / c.width, c.model + 1) for c in seen
+             if c.effective_rank]
     filled.plot([x for x, _ in ranks], [y for _, y in ranks], "o", color=STRONG, markersize=3,
                 alpha=0.4)
     filled.set_xlim(left=0)
@@ -279,15 +279,15 @@ def _covariances(report: Report) -> Figure:
 
 
 def _height(report: Report) -> float:
-    return min(1.4 + 0.2 * len(report["models"]), 4.4)
+    return min(1.4 + 0.2 * len(report.models), 4.4)
 
 
 def kinds(report: Report) -> dict[str, Layers]:
     """The layers by kind, by name; at most `MOST_KINDS`, the largest."""
     groups: dict[str, Layers] = {}
-    for layer in report["layers"]:
-        groups.setdefault(layer["kind"], []).append(layer)
-    sizes = {kind: sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    for layer in report.layers:
+        groups.setdefault(layer.kind, []).append(layer)
+    sizes = {kind: sum(layer.shape[0] * layer.shape[1] for layer in layers)
              for kind, layers in groups.items()}
     largest = sorted(sizes, key=lambda kind: sizes[kind], reverse=True)[:MOST_KINDS]
     return {kind: layers for kind, layers in groups.items() if kind in largest}
@@ -297,16 +297,16 @@ def by_model(layers: Layers) -> dict[int, list[Row]]:
     """Model number -> its rows."""
     groups: dict[int, list[Row]] = {}
     for layer in layers:
-        for row in layer["models"]:
-            groups.setdefault(row["model"], []).append(row)
+        for row in layer.models:
+            groups.setdefault(row.model, []).append(row)
     return dict(sorted(groups.items()))
 
 
 def by_block(layers: Layers) -> dict[str, Layers]:
     """Label of the block -> its layers, from the first to the last."""
 
-    def number(layer: Mapping[str, Any]) -> int:
-        return -1 if layer["block"] is None else layer["block"]
+    def number(layer: Weight) -> int:
+        return -1 if layer.block is None else layer.block
 
     ordered = sorted(layers, key=number)
     return {"–" if block < 0 else str(block): list(group)
@@ -314,17 +314,17 @@ def by_block(layers: Layers) -> dict[str, Layers]:
 
 
 def grid(
-    report: Report, layers: Layers, value: Callable[[Row, Mapping[str, Any]], float]
+    report: Report, layers: Layers, value: Callable[[Row, Weight], float]
 ) -> tuple[list[list[float | None]], list[str]]:
     """(models, blocks) means of `value(row, layer)`, and the blocks' labels."""
     groups = by_block(layers)
     cells: dict[tuple[int, str], list[float]] = {}
     for block, group in groups.items():
         for layer in group:
-            for row in layer["models"]:
-                cells.setdefault((row["model"], block), []).append(value(row, layer))
+            for row in layer.models:
+                cells.setdefault((row.model, block), []).append(value(row, layer))
     rows = [[mean(cells[n, b]) if (n, b) in cells else None for b in groups]
-            for n in range(len(report["models"]))]
+            for n in range(len(report.models))]
     return rows, list(groups)
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report.build import TOKENS_PER_DIMENSION
+from mergekit_pave.report.facts import Report
 from mergekit_pave.report.figures import MOST_KINDS, MOST_LINES, figures, kinds, png, svg
 from mergekit_pave.report.measure import NEARLY_ALL
 from mergekit_pave.storage.files import write_atomically, write_text
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
+def write(report: Report, folder: Path) -> None:
     """Write `report.html`, `report.json` and `figures/*.png` into `folder`."""
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -34,7 +35,7 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     made = figures(report)
     page = render(report, made)
     # NaN is not JSON; a number that is one is a mistake of ours, not something to publish.
-    text = json.dumps(report, allow_nan=False)
+    text = json.dumps(report.as_json(), allow_nan=False)
     write_text(folder / "report.json", text)
     for name, figure in tqdm(made.items(), desc="Drawing", unit="figure", leave=False):
         target = folder / "figures" / f"{name}.png"
@@ -42,17 +43,18 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / "report.html", page)
 
 
-def render(report: Mapping[str, Any], made: Mapping[str, Figure]) -> str:
+def render(report: Report, made: Mapping[str, Figure]) -> str:
     """The page. Names in `report` are untrusted and escaped; only our own SVG is not."""
     environment = Environment(
         loader=PackageLoader("mergekit_pave.report", "templates"), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
+    values = report.as_json()
     images = {name: Markup(_fenced(svg(figure))) for name, figure in made.items()}
     return environment.get_template("report.html").render(
-        r=report, s=report["summary"], images=images,
-        number=lambda path, style="times": number(report, path, style),
-        left_out=len({layer["kind"] for layer in report["layers"]}) - len(kinds(report)),
+        r=values, s=values["summary"], images=images,
+        number=lambda path, style="times": number(values, path, style),
+        left_out=len({layer.kind for layer in report.layers}) - len(kinds(report)),
         most_kinds=MOST_KINDS, most_lines=MOST_LINES, nearly_all=NEARLY_ALL,
         enough=TOKENS_PER_DIMENSION,
     )
@@ -62,9 +64,9 @@ def _fenced(text: str) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def number(report: Mapping[str, Any], path: str, style: str) -> Markup:
+def number(values: Mapping[str, Any], path: str, style: str) -> Markup:
     """A number of the report, formatted, with its place in `report.json` as an attribute."""
-    value: Any = report
+    value: Any = values
     for part in path.split("."):
         value = value[int(part)] if isinstance(value, list) else value[part]
     if value is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mergekit_pave.models.source import LoaderOptions, model_source, read_config
 from mergekit_pave.recipe.inputs import Input, covariance_source, purifies
 from mergekit_pave.recipe.parameters import PREFIX, PURIFICATION, Purification
 from mergekit_pave.recipe.recipe import Recipe, read_raw
+from mergekit_pave.report.facts import Settings
 from mergekit_pave.report.merge import Checkpoint, Layer, Merge, Model, logger
 from mergekit_pave.storage.identity import same_layer
 
@@ -217,16 +218,12 @@ def _resolve(entry: Input, key: str, tensor: str, t: float) -> Any:
         ) from error
 
 
-def settings_summary(layers: Sequence[Layer]) -> Mapping[str, Any]:
+def settings_summary(layers: Sequence[Layer]) -> Settings:
     """The settings that occur, for the page: `rank_ratio` as a range, the rest as names."""
     ratios = [layer.settings.kept_share for layer in layers]
     first = layers[0].settings
-    return {
-        "rank_ratio": [min(ratios), max(ratios)],
-        "rank_allocation": first.rank_allocation,
-        "subspace": first.subspace,
-        **first.damping,
-    }
+    return Settings([min(ratios), max(ratios)], first.rank_allocation, first.subspace,
+                    **first.damping)
 
 
 # Seconds that looking at every layer may take before layers are left out.

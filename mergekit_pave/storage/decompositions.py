@@ -14,7 +14,6 @@ import functools
 import hashlib
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,13 +27,12 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.storage.archive import Archive, Kind, read_header, write_tensors
 from mergekit_pave.storage.files import make_folder
 from mergekit_pave.storage.identity import checksum
+from mergekit_pave.storage.sizes import from_environment
 
 logger = logging.getLogger(__name__)
 KIND = Kind("mergekit-pave decomposition", 3, "The decomposition {} is", "it is computed again")
 ROOM = "MERGEKIT_PAVE_DECOMPOSITIONS"
 DEFAULT_ROOM = 8 * 2**30
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _lock = threading.Lock()
 
 
@@ -44,13 +42,8 @@ def room() -> int:
     Raises:
         PaveError: the environment variable is no size.
     """
-    text = os.environ.get(ROOM, "").strip()
-    if not text:
-        return DEFAULT_ROOM
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
-    if not found:
-        raise PaveError(f"{ROOM}={text} is no size: write it like 4GiB, or 0 for no cache.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    size = from_environment(ROOM)
+    return DEFAULT_ROOM if size is None else size
 
 
 def address(covariance: str, weight: Tensor, transposed: bool, damping: str) -> str:

@@ -25,7 +25,8 @@ from torch import Tensor
 from mergekit_pave.algebra.choices import RESCALERS
 from mergekit_pave.algebra.emr import Sums, scale, task_weight
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished, companions, is_companion
+from mergekit_pave.models.folder import companions, is_companion
+from mergekit_pave.models.headers import check_finished
 from mergekit_pave.models.layers import BUILDING, empty_model
 from mergekit_pave.models.loaded import refuse_random
 from mergekit_pave.models.names import is_local, name_of

@@ -13,7 +13,7 @@ from helpers import emr_config, make_family, merge, tensors_of
 from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished
+from mergekit_pave.models.headers import check_finished
 from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks.emr import task_tensors
 

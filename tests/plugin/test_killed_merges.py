@@ -16,7 +16,7 @@ from helpers import emr_config, make_family, merge
 from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished
+from mergekit_pave.models.headers import check_finished
 from mergekit_pave.plugin import output
 from mergekit_pave.storage.masks import TaskMasks
 

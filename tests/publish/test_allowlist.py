@@ -120,7 +120,8 @@ def test_an_index_that_leads_elsewhere_is_refused(hub, out, tmp_path, shard):
     values = json.loads(index.read_text())
     values["weight_map"] = dict.fromkeys(values["weight_map"], shard)
     index.write_text(json.dumps(values))
-    with pytest.raises(PaveError, match=r"index.json is damaged .* merge again"):
+    outside = r"index.json (names files outside|is no index).* merge again"
+    with pytest.raises(PaveError, match=outside):
         push_merge(out, "me/merge")
     assert not hub.created
 
@@ -130,7 +131,7 @@ def test_a_shard_of_another_merge_is_refused(hub, out):
     tensors = load_file(shard)
     tensors.popitem()
     save_file(tensors, shard)
-    with pytest.raises(PaveError, match="is of another merge"):
+    with pytest.raises(PaveError, match=r"lacks .* merge again"):
         push_merge(out, "me/merge")
     assert not hub.created
 

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, constants
 
 from mergekit_pave.cli.folders import card_command, publish_command
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import check_finished
+from mergekit_pave.models.headers import check_finished
 from mergekit_pave.publish.hub import check_target, push_merge, push_store
 from mergekit_pave.publish.store_card import store_card
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -143,9 +143,9 @@ def test_hub_out_of_reach(hub, out, monkeypatch):
 
 @pytest.mark.parametrize(("damage", "complaint"), [
     (lambda out: (out / "config.json").unlink(), "no config.json"),
-    (lambda out: [path.unlink() for path in out.glob("model*")], "it has no weights"),
+    (lambda out: [path.unlink() for path in out.glob("model*")], "has no weights"),
     (lambda out: next(out.glob("*.safetensors")).unlink(), "is missing"),
-    (lambda out: (out / "model.safetensors.index.json").write_text("{}"), "is damaged"),
+    (lambda out: (out / "model.safetensors.index.json").write_text("{}"), "is no index"),
     (lambda out: _cut(next(out.glob("*.safetensors"))), "is cut short"),
 ])
 def test_unfinished_merge(hub, out, damage, complaint):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,9 @@ def test_the_page_asks_for_nothing(largest):
 def test_names_are_text_and_nothing_else():
     report = synthetic(2, 1)
     evil = "<script>alert(1)</script>$x^{\\frac"
-    report["models"][0] = report["base"] = evil
-    for layer in report["layers"][:1]:
-        layer["kind"] = '"><img src=x onerror=alert(1)>'
+    image = '"><img src=x onerror=alert(1)>'
+    report = replace(report, models=[evil, *report.models[1:]], base=evil, layers=[
+        replace(report.layers[0], kind=image), *report.layers[1:]])
     text = page.render(report, figures(report))
     assert "<script" not in text and "<img" not in text
     assert html.escape(evil) in text
@@ -69,7 +70,8 @@ def test_numbers_are_written_plainly():
 def test_one_model_has_no_interference_to_show(monkeypatch):
     monkeypatch.setattr(page, "svg", lambda panel: "<svg ></svg>")
     report = synthetic(1, 2)
-    report["summary"]["interference"]["change"] = None
+    report = replace(report, summary=replace(
+        report.summary, interference=replace(report.summary.interference, change=None)))
     text = page.render(report, figures(report))
     assert "Singular task interference" not in text
     assert "Who conflicts" not in text

@@ -50,50 +50,51 @@ def test_numbers_against_the_papers_formula(made, kind, name):
     """With the inverse and dense matrices, as the paper writes it."""
     merge, report = made(kind)
     layer = next(one for one in merge.layers if one.name == name)
-    row = rows(report, name)["models"][1]
+    row = rows(report, name).models[1]
     weight = merge.weight(layer, 1).double()
     c = merge.covariance(layer, 1).double()
-    assert weight.shape == tuple(rows(report, name)["shape"])
+    assert weight.shape == tuple(rows(report, name).shape)
     damped = c + 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
-    r = row["kept"]
+    r = row.kept
     purified = (u[:, :r] * s[:r]) @ vh[:r] @ torch.linalg.inv(damped)
     def energy(w):
         return torch.trace(w @ c @ w.T).item()
     removed = energy(weight - purified)
     task = energy(weight - merge.base_weight(layer).double())
-    assert row["energy_removed"] == pytest.approx(removed / energy(weight), rel=1e-4)
-    assert row["task_energy_removed"] == pytest.approx(removed / task, rel=1e-4)
-    assert row["spectrum"]["covariance"][-1] == pytest.approx((s[-1] / s[0]).item(), rel=1e-3)
-    half = report["shares"].index(0.5)
-    assert row["error"][half] == pytest.approx(
+    assert row.energy_removed == pytest.approx(removed / energy(weight), rel=1e-4)
+    assert row.task_energy_removed == pytest.approx(removed / task, rel=1e-4)
+    assert row.spectrum.covariance[-1] == pytest.approx((s[-1] / s[0]).item(), rel=1e-3)
+    half = report.shares.index(0.5)
+    assert row.error[half] == pytest.approx(
         (s[round(len(s) / 2):].square().sum() / s.square().sum()).item(), rel=1e-3)
 
 
 def test_kept_ranks_are_those_of_the_merge(made):
     merge, report = made("llama")
-    for layer in report["layers"]:
-        budget = round(0.1 * layer["rank"] * 2)
-        assert sum(row["dropped"] for row in layer["models"]) == budget
-    total = sum(layer["rank"] * len(layer["models"]) for layer in report["layers"])
-    kept = sum(row["kept"] for layer in report["layers"] for row in layer["models"])
-    assert report["summary"]["kept_share"] == pytest.approx(kept / total, rel=1e-5)
+    for layer in report.layers:
+        budget = round(0.1 * layer.rank * 2)
+        assert sum(row.dropped for row in layer.models) == budget
+    total = sum(layer.rank * len(layer.models) for layer in report.layers)
+    kept = sum(row.kept for layer in report.layers for row in layer.models)
+    assert report.summary.kept_share == pytest.approx(kept / total, rel=1e-5)
 
 
 def test_coverage_tells_every_tensor_and_why(made):
     merge, report = made("llama")
-    for found in report["coverage"]:
-        assert sum(part["tensors"] for part in found.values()) == len(merge.base_tensors.names)
-        assert found["purified"]["tensors"] == 14
-        assert found["plain"]["reasons"]["vocabulary layer"] == 1
+    for found in report.coverage:
+        parts = (found.purified, found.plain, found.skipped)
+        assert sum(part.tensors for part in parts) == len(merge.base_tensors.names)
+        assert found.purified.tensors == 14
+        assert found.plain.reasons["vocabulary layer"] == 1
 
 
 def test_tokens_per_dimension_are_the_stores(made):
     merge, report = made("llama")
-    assert len(report["covariances"]) == sum(len(m.store.sites) for m in merge.models)
-    for c in report["covariances"]:
-        site = merge.models[c["model"]].store.sites[c["site"]]
-        assert c["tokens_per_dimension"] == pytest.approx(site.count / site.width, rel=1e-5)
+    assert len(report.covariances) == sum(len(m.store.sites) for m in merge.models)
+    for c in report.covariances:
+        site = merge.models[c.model].store.sites[c.site]
+        assert c.tokens_per_dimension == pytest.approx(site.count / site.width, rel=1e-5)
 
 
 def test_a_model_equal_to_the_base_is_plain(families, texts, tmp_path):
@@ -153,10 +154,10 @@ def test_what_is_purified_is_what_the_merge_purifies(families, texts, tmp_path, 
     config.write_text(yaml.safe_dump(raw))
     merge = open_merge(config, LoaderOptions(), CPU)
     shown = {}
-    for layer in build(merge, sample.choose(merge.layers, None, CPU), CPU)["layers"]:
-        for row in layer["models"]:
-            own = shown.setdefault(merge.models[row["model"]].label, {})
-            own[layer["name"]] = row["dropped"]
+    for layer in build(merge, sample.choose(merge.layers, None, CPU), CPU).layers:
+        for row in layer.models:
+            own = shown.setdefault(merge.models[row.model].label, {})
+            own[layer.name] = row.dropped
     assert shown == done
 
 

@@ -87,7 +87,7 @@ def test_room(monkeypatch, text, size):
 @pytest.mark.parametrize("text", ["much", "-1", "4 apples", "GiB", "1e9"])
 def test_no_room(monkeypatch, text):
     monkeypatch.setenv(ROOM, text)
-    with pytest.raises(PaveError, match="is no size: write it like 4GiB"):
+    with pytest.raises(PaveError, match="must be a size such as 8GiB"):
         room()
 
 

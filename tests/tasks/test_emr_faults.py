@@ -200,7 +200,7 @@ def test_damaged_files(emr_copy, emr_merged):
     save_file({name: t[:1].clone() for name, t in whole.items()}, shard)
     refused("has another shape than its task masks", task_tensors, emr_copy, 0)
     shard.unlink()
-    refused("holds no finished merge", task_tensors, emr_copy, 0)
+    refused("is missing, which", task_tensors, emr_copy, 0)
 
 
 def test_configurations_that_cannot_be(emr_trio, tmp_path):
