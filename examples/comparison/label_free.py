@@ -60,8 +60,11 @@ class Point:
         return self.strength == 1.0 and self.ratio in (None, *self.method.ratios[:1])
 
 
-def points(method: Method) -> list[Point]:
+def points(method: Method, few: bool = False) -> list[Point]:
+    """All merges of a method; with `few` at every other strength alone."""
     first = method.ratios[0] if method.ratios else None
+    if few:
+        return [Point(method, s, first) for s in sorted({*method.strengths[::2], 1.0})]
     middle = method.strengths[len(method.strengths) // 2]
     line = [Point(method, s, first) for s in sorted({*method.strengths, 1.0})]
     return line + [Point(method, middle, ratio) for ratio in method.ratios[1:]]
@@ -70,10 +73,12 @@ def points(method: Method) -> list[Point]:
 class Lab:
     """One setting and seed: its merges, and what each is worth by three measures."""
 
-    def __init__(self, setting: str, out: Path, seed: int, rows: int, test_rows: int | None):
+    def __init__(self, setting: str, out: Path, seed: int, rows: int, test_rows: int | None,
+                 few: bool = False):
         self.comparison = Comparison(importlib.import_module(setting), out, quick=False)
         if test_rows:
-            cut(self.comparison.setting, test_rows)
+            cut(self.comparison.setting, test_rows, few)
+        self.few = few
         self.out, self.seed, self.rows, self.test_rows = out, seed, rows, test_rows
         self.place = self.comparison.place(seed)
         self.folder = out / "label_free"
@@ -95,7 +100,7 @@ class Lab:
         bench = None
         for name in names:
             (method,) = (m for m in METHODS if m.name == name)
-            for ratio, group in _by_ratio(points(method)):
+            for ratio, group in _by_ratio(points(method, self.few)):
                 missing = [p for p in group if not self._file(p).exists()]
                 if missing and not finished:
                     bench = bench or self.bench()
@@ -136,7 +141,7 @@ class Lab:
         return float(np.mean(values))
 
     def _references(self, split: str) -> dict[str, tuple[float, float]]:
-        file = self.folder / f"references-{self.seed}-{split}-{self.test_rows}.json"
+        file = self.folder / f"references-{self.seed}-{split}-{self.test_rows}{self.few * '-few'}.json"
         if not file.exists():
             found = {}
             for task in self.comparison.tasks:
@@ -151,19 +156,19 @@ class Lab:
 
     def _file(self, point: Point) -> Path:
         about = [point.method.name, point.strength, point.ratio, self.seed, self.rows,
-                 self.test_rows]
+                 self.test_rows, *[True] * self.few]
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.json"
 
 
-def cut(setting, count: int) -> None:
-    """Let a setting score the first `count` test rows of each task only."""
+def cut(setting, count: int, validation: bool) -> None:
+    """Let a setting score the first `count` test rows of each task only; of `validation`, too."""
     name = "held_out" if setting.KIND == "encoder" else "_encoded"
     whole = getattr(setting, name)
 
     def part(*args):
         found = whole(*args)
-        if "test" not in args:
+        if "test" not in args and not (validation and "validation" in args):
             return found
         return tuple(x[:count] for x in found) if setting.KIND == "encoder" else found[:count]
 
@@ -185,7 +190,7 @@ def table(lines: list[dict]) -> list[list[str]]:
     """Per method, the test score at the label-free choice, at that of labels, at the default."""
     shown = [["method", "merges", "default", "label-free", "by validation labels",
               "label-free - labels", "rank correlation"]]
-    for name in LIST:
+    for name in dict.fromkeys(line["point"].method.name for line in lines):
         of = [line for line in lines if line["point"].method.name == name]
         if not of:
             continue
@@ -215,10 +220,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of each task")
     parser.add_argument("--test-rows", type=int, help="test rows of each task, all by default")
     parser.add_argument("--only", help="these methods, separated by commas")
+    parser.add_argument("--few", action="store_true", help="half of the strengths, no second "
+                        "parameter, and of validation rows as many as of test rows")
     parser.add_argument("--finished", action="store_true", help="merge nothing")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    lab = Lab(args.setting, args.out, args.seed, args.rows, args.test_rows)
+    lab = Lab(args.setting, args.out, args.seed, args.rows, args.test_rows, args.few)
     names = tuple(args.only.split(",")) if args.only else LIST
     lines = list(lab.run(names, args.finished))
     target = args.results / args.setting
@@ -239,7 +246,8 @@ def main() -> None:
             f"the label-free score on {args.rows} held-out rows of each task, by validation labels,"
             " and what the method does by default. Last column: Spearman's correlation of the "
             "label-free with the test score over the merges."
-            + (f" {args.test_rows} test rows of each task." if args.test_rows else ""))
+            + (f" {args.test_rows} test rows of each task"
+               f"{', and as many for validation' * args.few}." if args.test_rows else ""))
     (target / f"{name}.md").write_text(f"{note}\n\n{text}\n")
     print(text)
 

@@ -42,13 +42,15 @@ class Walk:
         blocks: names of its blocks in the order of their calls, from `observed`.
         batches: inputs of its forward passes.
         states: keeps what lies between the blocks.
+        logits: as in `forward`.
     """
 
     def __init__(
         self, model: PreTrainedModel, blocks: Sequence[str], batches: Sequence[Batch],
-        states: States,
+        states: States, logits: bool = False,
     ):
         self.model = model
+        self.logits = logits
         self.blocks = tuple(blocks)
         self.batches = list(batches)
         self.states = states
@@ -115,7 +117,7 @@ class Walk:
         """
         self._block, self._number, self._keep, self._calls = block, number, keep, {}
         self._output = self._given = None
-        return forward(self.model, self.batches[number])
+        return forward(self.model, self.batches[number], logits=self.logits)
 
     def agrees(self, marks: Sequence[Sequence[Tensor]]) -> bool:
         """Whether the last run came to what an ordinary pass over the same batch met there."""

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_pave.calibration.collect import forward, input_device
 from mergekit_pave.calibration.samples import stacked
 from mergekit_pave.errors import PaveError
+from mergekit_pave.evaluation.passes import outputs
 from mergekit_pave.models.layers import class_name
 
 Kind = Literal["language", "classifier", "encoder"]
@@ -110,10 +110,10 @@ def _outputs(
     model: PreTrainedModel, kind: Kind, items: Sequence[Item]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Row numbers of a batch, with logits or last hidden states, float32 on the CPU."""
-    device = input_device(model)
     network: Any = model.base_model if kind == "encoder" else model
-    for indices, batch in stacked(items, lambda size: max(1, min(32, BATCH_TOKENS // size))):
-        output = forward(network, batch, device, logits=True)
+    work = list(stacked(items, lambda size: max(1, min(32, BATCH_TOKENS // size))))
+    found = outputs(network, [batch for _, batch in work])
+    for (indices, _), output in zip(work, found, strict=True):
         wanted = output.last_hidden_state if kind == "encoder" else output.logits
         if kind == "encoder" and wanted.ndim == 4:  # a convolutional network's (rows, c, h, w)
             wanted = wanted.flatten(2).mT

@@ -152,6 +152,9 @@ class Tuner:
                     line(partial(look, values), at, None, 1)
                 else:
                     look(values, at)
+        if space.affine and (best := _best(self.trials[own:])) and best.value < 0:
+            # All are worse than the base, which the merge at strength 0 is; it is there already.
+            self._trial(space, {**first, "lambda": 0.0}, Budget())
         self._forget()
         return _best(self.trials[own:])
 
@@ -196,16 +199,15 @@ class Tuner:
         if not space.affine:
             return [space.with_values(values)]
         # At strength 0 no second parameter has anything to act on.
-        return [space.with_values({**space.present, "lambda": 0.0}),
-                space.with_values({**values, "lambda": 1.0})]
+        zero = space.with_values({**space.present, "lambda": 0.0})
+        one = [space.with_values({**values, "lambda": 1.0})] if values["lambda"] else []
+        return [zero, *one]
 
     def _scored(self, space: Space, values: Values) -> tuple[list[Scores], bool]:
         """Row scores of a candidate, and whether it was stopped after the first third."""
         merges = [self._merge(raw) for raw in self._merges(space, values)]
-        if not space.affine:
-            folder = merges[0]
-        elif values["lambda"] in (0.0, 1.0):
-            folder = merges[int(values["lambda"])]
+        if len(merges) == 1 or values["lambda"] == 1:
+            folder = merges[-1]
         else:
             folder = self.folder / "strength"
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ import yaml
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.bench import Bench
+from mergekit_pave.evaluation.intervals import Interval
 from mergekit_pave.evaluation.objective import objective
 from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_recipe
 from mergekit_pave.evaluation.space import Raw, Space, space_of
@@ -139,7 +140,7 @@ def _header(tuner: Tuner, best: Trial, found: dict[str, Trial]) -> str:
         f"Tuned by mergekit-pave {version('mergekit-pave')}, without labels, on {sum(rows)} "
         "held-out rows:",
         f"{best.words}: keeps {_percent(interval.value)} ({_percent(interval.low)} to "
-        f"{_percent(interval.high)}) of what the experts learned.",
+        f"{_percent(interval.high)}) of what the experts learned.{_warning(best, interval)}",
         f"The best of {len(tuner.trials)} candidates in "
         f"{len(tuner.needed)} merges.",
     ]
@@ -152,6 +153,15 @@ def _header(tuner: Tuner, best: Trial, found: dict[str, Trial]) -> str:
     lines += [f"Best of {name}: {trial.words}: {_percent(trial.value)}."
               for name, trial in found.items() if len(found) > 1]
     return "".join(f"# {line}\n" for line in lines)
+
+
+def _warning(best: Trial, found: Interval) -> str:
+    """What to say of a merge that is not measurably better than the base."""
+    if found.high < 0:
+        return " It is worse than the base on these rows; use the base itself."
+    if best.values.get("lambda") == 0:
+        return " No strength is better than the base, which lambda 0 gives."
+    return "" if found.low > 0 else " That is not measurably better than the base."
 
 
 def _percent(share: float) -> str:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from helpers import recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError
@@ -100,6 +100,28 @@ def test_a_planted_strength_is_found(families, texts, tmp_path):
     assert found.tuner.merged == 2
     assert "# Tuned by mergekit-pave" in found.text
     assert "As it was given (task_arithmetic lambda 1)" in found.text
+
+
+def _opposed(families, tmp_path) -> dict:
+    """A second expert whose task vector undoes the first one's, and more."""
+    paths = dict(families("bert"))
+    shutil.copytree(paths["expert0"], tmp_path / "expert1")
+    base, one = (load_file(paths[n] / "model.safetensors") for n in ("base", "expert0"))
+    save_file({name: base[name] - 3 * (one[name] - base[name]) for name in base},
+              tmp_path / "expert1" / "model.safetensors", {"format": "pt"})
+    # Both are asked as the first: the sum of their task vectors takes away what it learned.
+    return {**paths, "expert1": tmp_path / "expert1"}
+
+
+def test_what_is_worse_than_the_base_is_not_chosen(families, texts, tmp_path):
+    raw = _plain(_opposed(families, tmp_path), [texts[0]] * 2)
+    found = _tune(raw, tmp_path / "tuned.yml", Budget(merges=4))
+    assert yaml.safe_load(found.text)["parameters"]["lambda"] == 0 and found.best.value == 0
+    assert "No strength is better than the base" in found.text
+    assert found.tuner.merged == 2
+    # A method that has no strength 0 cannot give the base, and says so.
+    found = _tune(raw, tmp_path / "tuned.yml", Budget(merges=3), ("nuslerp",))
+    assert found.best.value < 0 and "use the base itself" in found.text
 
 
 def test_the_result_scores_what_it_says(families, texts, tmp_path):
