@@ -141,7 +141,8 @@ class Lab:
         return float(np.mean(values))
 
     def _references(self, split: str) -> dict[str, tuple[float, float]]:
-        file = self.folder / f"references-{self.seed}-{split}-{self.test_rows}{self.few * '-few'}.json"
+        few = "-few" * self.few
+        file = self.folder / f"references-{self.seed}-{split}-{self.test_rows}{few}.json"
         if not file.exists():
             found = {}
             for task in self.comparison.tasks:
