@@ -160,11 +160,14 @@ def methods() -> None:
 @device_option("Where to compute")
 @model_options
 @click.option("--allow-crimes", is_flag=True, help="As you will give it to mergekit-yaml.")
+@click.option("--evaluation", metavar="FILE",
+              type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="What `evaluate --json` has written about the merge, as a figure of the page.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for report.html, report.json and the figures.")
 def report(
     config: Path, output: Path, layers: int | None, device: torch.device, options: LoaderOptions,
-    allow_crimes: bool,
+    allow_crimes: bool, evaluation: Path | None,
 ) -> None:
     """Show what purification would do to a merge, as one web page.
 
@@ -182,14 +185,18 @@ def report(
 
     require_matplotlib()
     register()
+    from dataclasses import replace
+
     from mergekit_pave.report.build import build
+    from mergekit_pave.report.evaluated import read_evaluation
     from mergekit_pave.report.page import write
     from mergekit_pave.report.survey import choose, open_merge
 
+    kept = read_evaluation(evaluation) if evaluation else []
     merge = open_merge(config, options, device, allow_crimes)
     sample = choose(merge.layers, layers, device)
     made = build(merge, sample, device)
-    write(made, output)
+    write(replace(made, evaluation=kept), output)
     click.echo(
         f"{output / 'report.html'}: {len(sample.layers)} of {len(merge.layers)} weights of "
         f"{len(merge.models)} models measured."

@@ -6,7 +6,7 @@ energy, as the fields say. A model is its number in `Report.models`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 
@@ -233,6 +233,22 @@ class Summary(Cut):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a merge keeps of what a model learned, as `mergekit-pave evaluate` has measured it.
+
+    Attributes:
+        merge, model: their names.
+        value: 1 as the expert, 0 as the base; `low` and `high` end its 95 % interval.
+    """
+
+    merge: str
+    model: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that the page and the figures show, without a path in it."""
 
@@ -246,6 +262,7 @@ class Report:
     covariances: list[Covariance]
     coverage: list[Coverage]
     summary: Summary
+    evaluation: list[Kept] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """`report.json`."""

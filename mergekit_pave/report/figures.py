@@ -58,6 +58,7 @@ def figures(report: Report) -> dict[str, Figure]:
     made = {
         "spectra": _spectra, "ranks": _ranks, "error": _error, "energy": _energy,
         "interference": _interference, "overlap": _overlap, "covariances": _covariances,
+        **({"kept": _kept} if report.evaluation else {}),
     }
     with _styled():
         return {name: draw(report) for name, draw in made.items()}
@@ -276,6 +277,28 @@ def _covariances(report: Report) -> Figure:
     filled.set_xlim(left=0)
     filled.set(xlabel="effective rank (% of the width)", ylabel="model")
     return _finish(figure, [tokens])
+
+
+def _kept(report: Report) -> Figure:
+    """What every merge keeps of every model, with intervals."""
+    models = list(dict.fromkeys(kept.model for kept in report.evaluation))
+    merges = list(dict.fromkeys(kept.merge for kept in report.evaluation))
+    figure, (axes,) = _panels([""], 0.6 + 0.15 * len(models) * (1 + len(merges)))
+    figure.set_figwidth(7)
+    for number, merge in enumerate(merges):
+        own = [kept for kept in report.evaluation if kept.merge == merge]
+        places = [models.index(k.model) + 0.7 * (number + 0.5) / len(merges) - 0.35 for k in own]
+        # A bootstrap's interval need not hold the value itself.
+        ends = [[100 * max(0.0, k.value - k.low) for k in own],
+                [100 * max(0.0, k.high - k.value) for k in own]]
+        axes.errorbar([100 * k.value for k in own], places, xerr=ends, fmt="o", markersize=3,
+                      capsize=2, label=merge)
+    for place in (0, 100):
+        axes.axvline(place, color=MUTED, linestyle="--")
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.set_xlabel("kept of what the expert learned (%): the base is 0, the expert 100")
+    return _finish(figure, [axes])
 
 
 def _height(report: Report) -> float:

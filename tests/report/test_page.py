@@ -19,7 +19,9 @@ from helpers.reports import synthetic
 
 import mergekit_pave
 from mergekit_pave.cli.merges import report as report_command
+from mergekit_pave.errors import PaveError
 from mergekit_pave.report import page
+from mergekit_pave.report.evaluated import read_evaluation
 from mergekit_pave.report.figures import figures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -75,6 +77,29 @@ def test_one_model_has_no_interference_to_show(monkeypatch):
     text = page.render(report, figures(report))
     assert "Singular task interference" not in text
     assert "Who conflicts" not in text
+
+
+def test_an_evaluation_is_a_figure_of_the_page(tmp_path):
+    def of(model, value):
+        return {"model": model, "kept": value and {
+            "value": value, "low": value - 0.1, "high": value + 0.2}}
+
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"ties": {"tasks": [of("math<b>", 0.8), of("law", None)]},
+                                "tsv": {"tasks": [of("math<b>", 0.9), of("law", -0.25)]}}))
+    report = replace(synthetic(2, 2), evaluation=read_evaluation(file))
+    axes = figures(report)["kept"].axes[0]
+    bars = {bar.get_label(): bar for bar in axes.containers}
+    assert [bar.lines[0].get_xdata().tolist() for bar in bars.values()] == [[80], [90, -25]]
+    ends = bars["tsv"].lines[2][0].get_segments()[1][:, 0]
+    assert ends == pytest.approx([-35, -5])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["math<b>", "law"]
+    text = page.render(report, figures(report))
+    assert "What does the merge keep?" in text and "math<b>" not in text
+    for wrong in ("[]", "{}", "{", '{"a": {"tasks": [{"model": "x", "kept": {}}]}}'):
+        file.write_text(wrong)
+        with pytest.raises(PaveError, match="evaluat"):
+            read_evaluation(file)
 
 
 @pytest.fixture(scope="module")
