@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+# Columns that are factorised at once: wide enough for matrix products at full speed.
+BLOCK = 384
+
 
 def summed(parts: Iterable[Tensor]) -> Tensor:
     """The sum of tensors, added up in the first of them, which is overwritten; two exist at a time.
@@ -56,7 +59,8 @@ def lower_gram(x: Tensor, blocks: int = 8) -> Tensor:
 
 
 def cholesky(moment: Tensor) -> Tensor:
-    """Lower factor of a second moment (n, n) float64, which is overwritten.
+    """Lower factor of a second moment (n, n) float64, which is overwritten by it; what lies above
+    the diagonal is none of the factor's.
 
     One that has not full rank and was stored in float32 has eigenvalues below zero, of the size of
     its rounding: it gets the least damping, in powers of ten of its mean diagonal, that lifts them.
@@ -64,11 +68,45 @@ def cholesky(moment: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: it is not finite, or no second moment.
     """
-    mean, damping = moment.diagonal().mean(), 0.0
-    for more in (0.0, *(10.0**power for power in range(-9, -3))):
-        moment.diagonal().add_((more - damping) * mean)
-        damping = more
-        factor, failed = torch.linalg.cholesky_ex(moment)
-        if not failed:
-            return factor
+    diagonal = moment.diagonal().clone()
+    for damping in (0.0, *(10.0**power for power in range(-9, -3))):
+        if damping:
+            above = moment.triu(1)
+            moment.copy_(above).add_(above.mT).diagonal().copy_(
+                diagonal + damping * diagonal.mean())
+        if _factorised(moment):
+            return moment
     raise torch.linalg.LinAlgError("it is not positive definite")
+
+
+def solved(moment: Tensor, right: Tensor) -> Tensor:
+    """(m, n) `right moment^-1` for a second moment (n, n) float64, which is overwritten.
+
+    Raises:
+        torch.linalg.LinAlgError: the moment is not finite, or no second moment.
+    """
+    factor = cholesky(moment)
+    half = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+
+
+def _factorised(moment: Tensor) -> bool:
+    """Replace a matrix's lower triangle by its Cholesky factor; False where it has none.
+
+    In blocks of columns, each from the ones before it. The library factorises a block alone: of a
+    whole matrix it takes as long to clear what lies above the diagonal as to find the factor.
+    """
+    width = len(moment)
+    step = width if moment.is_cuda else BLOCK
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        before = moment[start:end, :start]
+        here, below = moment[start:end, start:end], moment[end:, start:end]
+        factor, failed = torch.linalg.cholesky_ex(torch.addmm(here, before, before.mT, alpha=-1))
+        if failed:
+            return False
+        # What lies above the diagonal stays, for another attempt.
+        here.copy_(factor + here.triu(1))
+        below.addmm_(moment[end:, :start], before.mT, alpha=-1)
+        below.copy_(torch.linalg.solve_triangular(factor.mT, below, upper=True, left=False))
+    return True

@@ -18,13 +18,12 @@ same for all tasks, and the sum of all `D_t'` is RegMean's closed form (arXiv 22
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from mergekit_pave.algebra.leading import gram_eigh
-from mergekit_pave.algebra.numeric import cholesky, double, summed
+from mergekit_pave.algebra.numeric import double, solved, summed
 
 
 @torch.no_grad()
@@ -39,9 +38,7 @@ def separate(delta: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: `M` is not positive definite.
     """
-    factor = cholesky(allowed)
-    moved = own.to(factor) @ delta.to(factor).mT
-    return torch.cholesky_solve(moved, factor).mT
+    return solved(allowed, delta.to(allowed) @ own.to(allowed))
 
 
 # Damping as a share of the mean diagonal: no model's data may ever activate a feature.
@@ -50,6 +47,8 @@ _FLOOR = 1e-9
 _NULL = 1e-10
 # Of a merged change: what the square in float64 may cost one of its singular directions.
 _ERROR = 3e-6
+# Bytes of covariances that are kept where they are needed twice.
+_HELD = 2**28
 
 
 def regmean(
@@ -63,7 +62,8 @@ def regmean(
 
     Args:
         deltas: (out, in) each.
-        covariances: read (in, in) each, one for every delta; two are held at a time.
+        covariances: read (in, in) each, one for every delta; two are held at a time in
+                float64, and in their own dtype as many as fit into 256 MiB.
         weights: of the models' errors.
         off_diagonal: factor on the covariances off their diagonal.
         averaging: `mu`.
@@ -72,26 +72,55 @@ def regmean(
         ValueError: the covariances are not finite or all empty.
     """
 
-    def moment(model: int) -> Tensor:
-        c = double(covariances[model]()) * weights[model]
-        diagonal = c.diagonal().clone()
-        c.mul_(off_diagonal).diagonal().copy_(diagonal)
-        return c
-
+    moment = _moments(covariances, weights, off_diagonal, again=averaging != 1)
     if averaging == 1:
-        moments = map(moment, range(len(weights)))
-        pairs = ((c, c @ d.to(c).mT) for c, d in zip(moments, deltas, strict=True))
-        total, moved = reduce(lambda a, b: (a[0].add_(b[0]), a[1].add_(b[1])), pairs)
-        return torch.cholesky_solve(moved, cholesky(_floored(total))).mT
-    total = summed(map(moment, range(len(weights))))
+        pairs = ((c, d.to(c) @ c)
+                 for c, d in zip(map(moment, range(len(weights))), deltas, strict=True))
+        total, moved = next(pairs)
+        total = total.clone()
+        for c, change in pairs:
+            total += c
+            moved += change
+        return solved(_floored(total), moved)
+    total = moment(0).clone()
+    for model in range(1, len(weights)):
+        total += moment(model)
 
     def separated(model: int, delta: Tensor) -> Tensor:
         c = moment(model)
-        return separate(delta, c, _floored(torch.lerp(c, total, averaging)))
+        moved = delta.to(c) @ c
+        return solved(_floored(c.lerp_(total, averaging)), moved)
 
     # Without data an unchanged weight has an empty covariance.
     return summed(separated(model, delta) for model, delta in enumerate(deltas)
                   if weights[model] and delta.any())
+
+
+def _moments(
+    covariances: Sequence[Callable[[], Tensor]],
+    weights: Sequence[float],
+    off_diagonal: float,
+    again: bool,
+) -> Callable[[int], Tensor]:
+    """Reads one model's weighted covariance, in float64, into memory that all of them share.
+
+    New pages cost as much as a pass over them. What is read `again` is held as far as `_HELD` goes.
+    """
+    held: dict[int, Tensor] = {}
+    shared: list[Tensor] = []
+
+    def moment(model: int) -> Tensor:
+        c = held[model] if model in held else covariances[model]()
+        if again and (len(held) + 1) * c.nbytes <= _HELD:
+            held[model] = c
+        if not shared:
+            shared.append(torch.empty_like(c, dtype=torch.float64, device=double(c[:0]).device))
+        m = shared[0].copy_(c).mul_(weights[model])
+        diagonal = m.diagonal().clone()
+        m.mul_(off_diagonal).diagonal().copy_(diagonal)
+        return m
+
+    return moment
 
 
 def flattened(delta: Tensor, flattening: float, noise: float = 0.0) -> Tensor:

@@ -248,7 +248,9 @@ def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
     def covariance() -> Tensor:
         delta = wide(tensor) - wide(base)
         delta = delta.T if layer.transposed else delta
-        return (delta.T @ delta / len(delta)).to(torch.float32)
+        # Scaled before the product, which may be a much larger matrix.
+        delta = delta * len(delta) ** -0.5
+        return (delta.T @ delta).to(torch.float32)
 
     return replace(layer, covariance=covariance)
 

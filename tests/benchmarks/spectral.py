@@ -80,16 +80,22 @@ def recombined(parts: list, count: int) -> Tensor:
     return (u[0] @ u[2]) * s @ (v[0] @ v[2])
 
 
+def estimated(delta: Tensor) -> Tensor:
+    """As `methods.layers` has it."""
+    delta = delta * len(delta) ** -0.5
+    return delta.mT @ delta
+
+
 def without_data(deltas: list[Tensor]) -> Tensor:
     """The RegMean half of `tsv_regmean`, `calibration_dataset: none`, at its defaults."""
-    covariances = [lambda d=d: d.mT @ d / len(d) for d in deltas]
+    covariances = [lambda d=d: estimated(d) for d in deltas]
     averaging = 1 / max(len(deltas) - 1, 1)
     return flattened(regmean(deltas, covariances, [1.0] * len(deltas), 0.9, averaging), 0.5)
 
 
 def matched(deltas: list[Tensor], prior: Tensor) -> Tensor:
     """The rest of `matched_regmean` with covariances estimated from the task vectors."""
-    return solved(deltas, [lambda d=d: d.mT @ d / len(d) for d in deltas], prior, 0.0)
+    return solved(deltas, [lambda d=d: estimated(d) for d in deltas], prior, 0.0)
 
 
 def error(found: Tensor, truth: Tensor) -> float:
