@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mergekit.architecture.base import ModelArchitecture
 from mergekit.common import ModelReference
@@ -49,9 +49,26 @@ def check_planned(
     made = plan(config, found, options, allowed.crimes)
     for note in made.notes:
         yield Finding("warning", "", note)
+    if not config.slices:  # which number the layers anew
+        yield from _without_effect(recipe, made.architecture, found)
     if not (config.slices or allowed.crimes):
         for fault in made.comparison.sizes:
             yield error("", fault)
+
+
+def _without_effect(
+    recipe: Recipe, planned: ModelArchitecture, found: Mapping[ModelReference, Checkpoint]
+) -> Iterator[Finding]:
+    """Filters that no tensor's name holds, as of a misspelled layer; mergekit skips them."""
+    names = [weight.name for weight in planned.all_weights(found[recipe.base].config)]
+    for entry in recipe.entries:
+        for key in dict.fromkeys(key for scope in entry.scopes for key in scope):
+            for need, _ in entry.settings(key):
+                if need is not None and not any(need in name for name in names):
+                    yield Finding(
+                        "warning", entry.where, f"{key} has the filter {need!r}, which is in no "
+                        f"tensor's name, such as {names[len(names) // 2]}: it has no effect."
+                    )
 
 
 def architecture(

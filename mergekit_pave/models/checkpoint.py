@@ -114,8 +114,14 @@ def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
     unknown = [name for name in item.headers if not item.own.of(name)]
     if not body:
         names = ", ".join(random[:3]) + (", ..." if random[3:] else "")
-        return None, (f"{item.label} has no weights for {names} of its class {cls}: transformers "
-                      "starts them at random.")
+        text = (f"{item.label} has no weights for {names} of its class {cls}: transformers "
+                "starts them at random")
+        other = next((name for name in unknown for own in random if name.endswith(f".{own}")
+                      and item.headers[name].shape == item.own.shape(own)), None)
+        if other is None:
+            return None, f"{text}."
+        mend = _renaming(unknown, item.headers, item.own)
+        return f"{text}; it has {other}, which {cls} does not know: {mend}.", None
     text = f"{item.label} lacks {len(body)} of the weights of its class {cls}, such as {body[0]}"
     if unknown:
         mend = _renaming(unknown, item.headers, item.own)

@@ -6,18 +6,25 @@ those of the base, so a task's model needs its own.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
+from mergekit_pave.models.checkpoint import Checkpoint
 from mergekit_pave.models.folder import companions, public_json
 from mergekit_pave.models.source import ModelSource, tokenizer_folder
+from mergekit_pave.storage.files import write_bytes
 
+logger = logging.getLogger(__name__)
 CONFIG, _GENERATION = "config.json", "generation_config.json"
 _PROCESSOR = re.compile(r"\w*processor(_config)?\.json")
 _CODE = re.compile(r".*\.py")
@@ -96,6 +103,28 @@ def _config(
     always = _OF_TENSORS | (_OF_VOCABULARY if rearranges else set())
     _carry(base.to_dict(), merged.to_dict(), values, always)
     return (type(own).from_dict(values).to_json_string(use_diff=True)).encode()
+
+
+def untie(merged: Checkpoint) -> None:
+    """Say in a merge's config that its head is not tied, where a model brought one of its own.
+
+    transformers 5 loads both tensors of such a pair; other programs believe the config.
+    """
+    config = merged.config
+    if config.is_encoder_decoder:  # of which T5 scales the outputs of a tied head
+        return
+    loader = LazyTensorLoader(ShardedTensorIndex.from_disk(str(merged.folder)))
+    for name, source in merged.copies.items():
+        if not torch.equal(loader.get_tensor(name), loader.get_tensor(source)):
+            file = merged.folder / CONFIG
+            values = json.loads(file.read_text("utf-8"))
+            for part in (values, values.get("text_config") or {}):
+                part["tie_word_embeddings"] = False
+            write_bytes(file, (json.dumps(values, indent=2) + "\n").encode())
+            logger.warning(
+                "%s of the merge is not %s, to which the base ties it: its config.json says so "
+                "with tie_word_embeddings: false.", name, source)
+            return
 
 
 def _carry(

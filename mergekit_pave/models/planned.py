@@ -260,8 +260,10 @@ def _refusal(base: Checkpoint, found: Comparison, checkpoints: Iterable[Checkpoi
     )
 
 
-def refuse_incomplete(out: Path | str, config: MergeConfiguration, options: LoaderOptions) -> None:
-    """Compare the names of a finished merge with its class and, tensor by tensor, with the base.
+def completed(
+    out: Path | str, config: MergeConfiguration, options: LoaderOptions
+) -> Checkpoint:
+    """A finished merge, its names compared with its class and, one by one, with the base's.
 
     Args:
         out: the merge's folder, with its config.
@@ -292,6 +294,7 @@ def refuse_incomplete(out: Path | str, config: MergeConfiguration, options: Load
             f"The merge in {out} lacks {len(lacking)} tensors that the base has, such as "
             f"{lacking[0]}: do not use it; merge again, and report the configuration if it recurs."
         )
+    return merged
 
 
 def _targets(item: Checkpoint, name: str) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ from mergekit_pave.check.planned import architecture
 from mergekit_pave.methods.base import StatefulMethod
 from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.folder import copy_beside, has_tokenizer
-from mergekit_pave.models.planned import refuse_incomplete
+from mergekit_pave.models.own_files import untie
+from mergekit_pave.models.planned import completed
 from mergekit_pave.models.source import LoaderOptions, model_source
 from mergekit_pave.plugin import mends
 from mergekit_pave.plugin.loaders import close_earlier, open_adapted
@@ -133,7 +134,7 @@ def _around(
         if (out / "config.json").is_file():
             copy_beside(folders, out)
         with torch.device("cpu"):
-            refuse_incomplete(out, config, loading)
+            untie(completed(out, config, loading))
         if state.masks:
             keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()

@@ -66,3 +66,12 @@ def test_a_lambda_of_0_is_warned_about(families, method):
     assert any("lambda is 0" in str(f) and f.level == "warning" for f in findings(raw))
     raw["parameters"]["lambda"] = 1.0
     assert not any("lambda is 0" in str(f) for f in findings(raw))
+
+
+@pytest.mark.parametrize(("need", "fits"), [
+    ("self_attn", True), ("layers.1.", True), ("*", True), ("self_atn", False)])
+def test_a_filter_that_is_in_no_tensors_name(families, need, fits):
+    raw = zero(families, "tsv_m", weight=[{"filter": need, "value": 0.3}, {"value": 1}])
+    found = [str(f) for f in findings(raw)]
+    assert fits == (found == [])
+    assert fits or f"weight has the filter '{need}', which is in no tensor's name" in found[0]

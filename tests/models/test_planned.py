@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_pave.check import check
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.planned import refuse_incomplete
+from mergekit_pave.models.planned import completed
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.plugin import register
 
@@ -128,6 +128,9 @@ FILES = {
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no weights"),
     "prefix": (lambda p: rewrite(p, lambda s: {f"module.{k}": v for k, v in s.items()}),
                "take the prefix `module.` off"),
+    "foreign head": (lambda p: rewrite(p, lambda s: {
+        **without(s, "lm_head.weight"), "text.lm_head.weight": s["lm_head.weight"]}),
+        "no weights for lm_head.weight .* it has text.lm_head.weight"),
     "one tensor": (lambda p: rewrite(p, lambda s: without(s, "model.norm.weight")),
                    "lacks 1 of the weights .* model.norm.weight"),
     "index lies": (lambda p: other_file(p), "lacks .* which .* says is in it"),
@@ -210,6 +213,20 @@ def test_a_tied_head_that_only_the_base_stores_is_merged(tmp_path):
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 
+def test_a_head_that_one_fine_tune_trained_apart(tmp_path):
+    """The base ties its head, and the merge's differs: its config must not tie it."""
+    paths = family(tmp_path, "LlamaForCausalLM", **COMMON, tie_word_embeddings=True)
+    head = torch.randn(94, 32)
+    rewrite(paths[1], lambda s: {**s, "lm_head.weight": head.clone()})
+    config = json.loads((paths[1] / "config.json").read_text())
+    (paths[1] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    merged = merge(recipe(paths), tmp_path / "out")
+    other = tensors_of(paths[2])["model.embed_tokens.weight"]
+    assert torch.allclose(merged["lm_head.weight"], (head + other) / 2, atol=1e-6)
+    assert not torch.allclose(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert not transformers.AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
+
+
 def test_slices_of_a_model_planned_by_names(tmp_path):
     paths = family(tmp_path, "LlamaForCausalLM", **COMMON, attention_bias=True)
     sources = [{"model": str(path), "layer_range": [0, 1]} for path in paths]
@@ -224,10 +241,10 @@ def test_the_output_is_compared_with_the_base(tmp_path):
     paths = llamas(tmp_path)
     config = MergeConfiguration.model_validate(recipe(paths))
     shutil.copytree(paths[1], tmp_path / "out")
-    refuse_incomplete(tmp_path / "out", config, OPTIONS)
+    completed(tmp_path / "out", config, OPTIONS)
     rewrite(tmp_path / "out", lambda s: without(s, "model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(PaveError, match="lacks .* model.layers.1.mlp.up_proj.weight"):
-        refuse_incomplete(tmp_path / "out", copy.deepcopy(config), OPTIONS)
+        completed(tmp_path / "out", copy.deepcopy(config), OPTIONS)
 
 
 def test_an_adapter_with_added_tokens(tmp_path):
