@@ -72,7 +72,8 @@ def load_samples(
         "revision": revision or "main", "trust_remote_code": trust_remote_code,
         "cache_dir": cache_dir}
     encoder = encoder_of(rows, str(model_path), config, loading)
-    items, indices, skipped = _encode(rows, encoder, name_of(str(model_path)))
+    items, indices, skipped, details = _encode(rows, encoder, spec.num_samples)
+    _report(spec, name_of(str(model_path)), len(items), skipped, details)
     _show(items[0], encoder)
     return make_samples(items, spec, _notes(rows, encoder, indices, skipped))
 
@@ -129,7 +130,7 @@ def encoder_of(
     rows: Rows, model: str, config: PreTrainedConfig, loading: dict[str, Any]
 ) -> TextEncoder | ImageEncoder:
     """What turns rows into tensors for a model; `loading` as in `load_tokenizer`."""
-    refuse_unreadable(rows, model, config)
+    _refuse_kind(rows, model, config)
     if rows.image or main_input(config) == "pixel_values":
         return _image_encoder(rows, model, config, loading)
     tokenizer = None
@@ -138,7 +139,7 @@ def encoder_of(
     return TextEncoder(tokenizer, config, rows.columns, rows.spec.max_seq_length, model)
 
 
-def refuse_unreadable(rows: Rows, model: str, config: PreTrainedConfig) -> None:
+def _refuse_kind(rows: Rows, model: str, config: PreTrainedConfig) -> None:
     """Raise `PaveError` for rows of another kind than the model takes."""
     takes = main_input(config)
     if fault := missing_input(config, rows.image):
@@ -167,10 +168,22 @@ def _image_encoder(
     return ImageEncoder(processor, config, rows.columns[0], rows.folder, model)
 
 
+def refuse_unusable(
+    rows: Rows, model: str, config: PreTrainedConfig, loading: dict[str, Any]
+) -> None:
+    """Encode what a calibration would, of a stream one row: faults show before it begins.
+
+    Raises:
+        PaveError: as `load_samples`.
+    """
+    _encode(rows, encoder_of(rows, model, config, loading),
+            1 if rows.streamed else rows.spec.num_samples)
+
+
 def _encode(
-    rows: Rows, encoder: TextEncoder | ImageEncoder, model: str
-) -> tuple[list[dict[str, Tensor]], list[int | None], Counter[str]]:
-    """The first `num_samples` usable rows of the draw, their indices, and the others' faults.
+    rows: Rows, encoder: TextEncoder | ImageEncoder, count: int
+) -> tuple[list[dict[str, Tensor]], list[int | None], Counter[str], dict[str, str]]:
+    """The first `count` usable rows of the draw, their indices, and the others' faults.
 
     An endless stream is given up after `GIVE_UP` unusable rows in a row.
     """
@@ -191,14 +204,13 @@ def _encode(
             continue
         fruitless = 0
         indices.append(index)
-        if len(items) == rows.spec.num_samples:
+        if len(items) == count:
             break
     if not items:
         raise PaveError(
             f"calibration_dataset {rows.spec.dataset!r} has no usable row in text_column "
             f"{', '.join(rows.columns)!r} ({_reasons(skipped, details)}); name data that has some.")
-    _report(rows.spec, model, len(items), skipped, details)
-    return items, indices, skipped
+    return items, indices, skipped, details
 
 
 def _reasons(skipped: Counter[str], details: dict[str, str]) -> str:

@@ -15,14 +15,14 @@ from transformers import PretrainedConfig
 
 from mergekit_pave.calibration.limits import refuse_unless_causal
 from mergekit_pave.calibration.rows import open_rows
-from mergekit_pave.calibration.samples import refuse_unreadable
+from mergekit_pave.calibration.samples import refuse_unusable
 from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapted import only_by_peft
 from mergekit_pave.models.layers import class_name
 from mergekit_pave.models.merged_copies import refuse_two
-from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config
+from mergekit_pave.models.source import LoaderOptions, ModelSource, read_config, tokenizer_of
 from mergekit_pave.recipe.inputs import Input, calibration_spec
 from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.covariances import CovarianceStore
@@ -168,7 +168,10 @@ def _check_rows(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
         refuse_unless_causal(read_config(entry.model, options), str(entry.model))
         return
     rows = open_rows(spec)
-    refuse_unreadable(rows, str(entry.model), read_config(entry.model, options))
+    tokenizer = tokenizer_of(entry.model, options)
+    refuse_unusable(rows, tokenizer.path, read_config(entry.model, options), {
+        "revision": tokenizer.revision or "main", "cache_dir": options.cache_dir,
+        "trust_remote_code": options.trust_remote_code})
     there = rows.count
     if there is not None and there < spec.num_samples:
         yield Finding(

@@ -10,8 +10,10 @@ from mergekit.common import ModelReference
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.adapted import adapted_loader
 from mergekit_pave.models.adapters import unfit
 from mergekit_pave.models.checkpoint import Checkpoint, fetched, incomplete, read
+from mergekit_pave.models.headers import folder_of
 from mergekit_pave.models.planned import plan
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.recipe import Recipe
@@ -32,6 +34,8 @@ def check_planned(
             item = read(model, options)
             if model.lora and (misfit := unfit(model, options)):
                 yield error(where, misfit)
+            elif model.lora and item and folder_of(model.lora, options.cache_dir):
+                adapted_loader(model, options)  # refuses what only peft can merge
         except PaveError as refusal:
             yield error(where, str(refusal))
             continue

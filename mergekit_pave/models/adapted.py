@@ -101,7 +101,7 @@ def adapted_loader(
     Raises:
         PaveError: an adapter that only peft can apply, or one of another model.
     """
-    if why := unfit(model, options):
+    if why := only_by_peft(model, options) or unfit(model, options):
         raise PaveError(why)
     index = ShardedTensorIndex.from_disk(model_source(model, options, unmerged=True).path)
     adapter = _folder(model, options)
@@ -235,5 +235,8 @@ def _beyond(settings: Mapping[str, Any]) -> str | None:
 def _tensors(folder: Path) -> dict[str, Tensor]:
     file = next(folder / name for name in ADAPTERS if (folder / name).exists())
     if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+        tensors = load_file(file)
+    else:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    # Some trainers leave the name in that peft knows an adapter by.
+    return {key.replace(".default", ""): value for key, value in tensors.items()}

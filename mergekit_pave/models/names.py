@@ -15,7 +15,7 @@ BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
+    ".txt": ("text", {"encoding": "utf-8-sig"}),
 }
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")

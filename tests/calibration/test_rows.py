@@ -73,6 +73,8 @@ def test_permutation_is_the_same_everywhere_and_uniform():
     ("a.csv", "text,label\n" + "".join(f"row {i},{i}\n" for i in range(10))),
     ("a.tsv", "text\tlabel\n" + "".join(f"row {i}\t{i}\n" for i in range(10))),
     ("a.txt", "".join(f"row {i}\n" for i in range(10))),
+    ("bom.txt", "\ufeff" + "".join(f"row {i}\n" for i in range(10))),
+    ("bom.csv", '\ufeff"text"\n' + "".join(f"row {i}\n" for i in range(10))),
 ])
 def test_local_files(write, name, content):
     path = write(name, content)

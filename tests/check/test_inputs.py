@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from helpers import errors, recipe, write_images
 from helpers.checks import MODEL, change, doctored
@@ -131,3 +133,17 @@ def test_covariance_with_a_strange_manifest(good, tmp_path, manifest, words):
 def test_covariance_not_on_the_hub(good):
     found = errors(change(good, f"{MODEL}.covariance", "nobody/nothing"))
     assert "nobody/nothing" in found[0] and "neither" in found[0]
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    ([{"text": ["a list", "of strings"]}], "cannot be read"),
+    ([{"text": "a"}] * 3, "has no usable row"),
+    ([{"messages": [{"role": "user", "content": "Hello there."}]}], "has no chat template"),
+    ([{"text": [5, 6, 7, 8, 100_000]}], "100000"),
+])
+def test_rows_that_the_models_tokenizer_makes_nothing_of(good, tmp_path, rows, words):
+    """Found before any model is calibrated, and not after the first one was."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = errors(change(good, "models.1.parameters.calibration_dataset", str(data)))
+    assert found.startswith("models[1]: ") and words in found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import transformers
@@ -38,10 +39,12 @@ def sliced(good: dict, *ranges: tuple) -> dict:
 
 
 def doctored(good: dict, tmp_path: Path, **changes) -> dict:
-    """The recipe with its first model replaced by a folder with that config only."""
-    folder = tmp_path / "doctored"
+    """The recipe with its first model replaced by a folder with that config and no weights."""
+    folder, own = tmp_path / "doctored", Path(good["models"][0]["model"])
     folder.mkdir()
-    config = json.loads((Path(good["models"][0]["model"]) / "config.json").read_text())
+    for file in own.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    config = json.loads((own / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return change(good, "models.0.model", str(folder))
 

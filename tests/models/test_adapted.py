@@ -14,7 +14,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_pave import plugin
 from mergekit_pave.errors import PaveError
@@ -97,6 +97,66 @@ def test_what_only_peft_can_apply_is_refused(families, tmp_path):
         config = {"merge_method": "tsv_m", "base_model": str(base),
                   "models": [{"model": f"{base}+{folder}"}, {"model": str(base)}]}
         assert any("add --lora-merge-cache DIR" in error for error in errors(config))
+
+
+PARTS = {
+    "no prefix": (lambda s: {k.removeprefix("base_model.model."): v for k, v in s.items()},
+                  "no place for it"),
+    "half": (lambda s: {k: v for k, v in s.items() if "layers.1." not in k}, "lacks 4 tensors"),
+    "one factor": (lambda s: {k: v for k, v in s.items() if "lora_B" not in k}, "lacks 4 tensors"),
+    "ranks": (lambda s: {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in s.items()},
+              "does not fit"),
+}
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("change, words", PARTS.values(), ids=PARTS)
+def test_what_peft_would_leave_out_is_refused(families, tmp_path, change, words, cache):
+    """peft loads such an adapter in part or not at all, and merges what it has."""
+    base = families("llama")["base"]
+    folder = adapter(base, tmp_path / "adapter", "llama", target_modules=Q)
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    options = LoaderOptions(lora_merge_cache=str(tmp_path / "copies") if cache else None)
+    config = {"merge_method": "tsv_m", "base_model": str(base),
+              "models": [{"model": f"{base}+{folder}"}]}
+    (found,) = errors(config, options)
+    assert words in found
+    with pytest.raises(PaveError, match=words):
+        merge(config, tmp_path / "out", lora_merge_cache=options.lora_merge_cache)
+
+
+def test_an_adapters_own_name_in_its_tensors(families, tmp_path):
+    base = families("llama")["base"]
+    folder = adapter(base, tmp_path / "adapter", "llama", target_modules=Q)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file).items()
+    save_file({key.replace(".weight", ".default.weight"): value for key, value in tensors}, file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = adapted_loader(reference(base, folder), OPTIONS).get_tensor(name)
+    torch.testing.assert_close(found, by_peft(base, folder, "llama")[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_check_finds_what_only_peft_can_apply_to_a_tied_head(families, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(families("llama")["base"])
+    config.tie_word_embeddings, base = True, tmp_path / "tied"
+    transformers.LlamaForCausalLM(config).save_pretrained(base)
+    folder = adapter(base, tmp_path / "adapter", "llama", target_modules=["embed_tokens"])
+    config = {"merge_method": "tsv_m", "base_model": str(base),
+              "models": [{"model": f"{base}+{folder}"}]}
+    (found,) = errors(config)
+    assert "add --lora-merge-cache DIR" in found
+
+
+def test_a_prompt_is_no_change_of_weights(families, tmp_path):
+    base = families("llama")["base"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    settings = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    config = {"merge_method": "tsv_m", "base_model": str(base),
+              "models": [{"model": f"{base}+{tmp_path / 'adapter'}"}]}
+    (found,) = errors(config, LoaderOptions(lora_merge_cache=str(tmp_path / "copies")))
+    assert "changes no weights" in found
 
 
 @pytest.mark.parametrize("method, parameters", [
