@@ -142,6 +142,9 @@ def _fault_in(file: Path) -> str | None:
                     row = json.loads(text)
                     if kind == ".jsonl" and not isinstance(row, dict):
                         return f"line {number} is not a JSON object"
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # "\\ud800", say, which Python reads and Arrow does not
+                return f"line {number} holds half a character"
             except UnicodeDecodeError:
                 return f"line {number} is not UTF-8"
             except json.JSONDecodeError as error:

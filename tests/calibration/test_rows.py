@@ -190,6 +190,7 @@ def test_image_folder_is_found_by_its_one_image_column(tmp_path):
     ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', r"damaged: a.jsonl, line 2 is not JSON"),
     ("a.jsonl", '{"text": "a"}\n[1, 2]\n', r"damaged: a.jsonl, line 2 is not a JSON object"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl, line 2 is not UTF-8"),
+    ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800 b"}\n', r"line 2 holds half a character"),
     ("a.json", '[{"text": "a"},\n{"text": }]', r"damaged: a.json, line 2 is not JSON"),
     ("a.txt", "good\nthr\u00e9e\n".encode("latin-1"), r"a.txt, line 2 is not UTF-8"),
     ("a.csv", "text,label\na,1\nb,2,3,4\n", r"could not be read: .*line 3"),
