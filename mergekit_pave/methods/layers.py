@@ -7,7 +7,7 @@ import re
 import threading
 import zlib
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,12 +36,14 @@ class Layer:
         transposed: the weight is stored `(in, out)`.
         covariance: reads the second moment of its inputs, `(in, in)` float32.
         identity: names that covariance by its content; `None` when there is none.
+        estimated_from: the weight whose task vector stands in for inputs, where no data does.
     """
 
     name: str
     transposed: bool
     covariance: Callable[[], Tensor]
     identity: str | None = None
+    estimated_from: Tensor | None = field(default=None, compare=False)
 
     @property
     def seed(self) -> int:
@@ -252,7 +254,7 @@ def _estimated(layer: Layer, tensor: Tensor, base: Tensor) -> Layer:
         delta = delta * len(delta) ** -0.5
         return (delta.T @ delta).to(torch.float32)
 
-    return replace(layer, covariance=covariance)
+    return replace(layer, covariance=covariance, estimated_from=tensor)
 
 
 def _no_covariance() -> Tensor:

@@ -24,10 +24,10 @@ from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.papers import REGMEAN
 from mergekit_pave.algebra.response import evening, strength, toward
 from mergekit_pave.algebra.separation import flattened
-from mergekit_pave.algebra.tsv import kept_rank, merged_change
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import tsv
 from mergekit_pave.methods.base import CovarianceMethod, check_finite, spec_of
+from mergekit_pave.methods.kept import Kept, places
 from mergekit_pave.methods.layers import Layer
 from mergekit_pave.recipe.parameters import (
     CALIBRATION,
@@ -89,23 +89,27 @@ class MatchedRegMean(CovarianceMethod):
             return torch.add(double(base), delta, alpha=parameters["lambda"]).to(base)
         transposed = layers[changed[0].id].transposed
         counts = [weights[e.id] for e in changed]
-        # As `tsv_m` finds it, in float32 where that carries it.
-        prior = merged_change(
-            base, [e.tensor for e in changed], counts,
-            kept_rank(base.shape, len(changed), parameters["rank_fraction"]))
-        deltas = [(wide(e.tensor) - wide(base)) * weights[e.id] for e in changed]
-        if transposed:
-            prior, deltas = prior.mT, [d.mT for d in deltas]
-        readers = [_scaled(layers[e.id], weights[e.id], base.device) for e in changed]
+        fraction, flattening = parameters["rank_fraction"], parameters["flattening"]
+        kept = Kept.of(group)
+
+        def found() -> Tensor:
+            prior = tsv.leading_change(group, changed, counts, fraction, kept)
+            deltas = [(wide(e.tensor) - wide(base)) * weights[e.id] for e in changed]
+            if transposed:
+                prior, deltas = prior.mT, [d.mT for d in deltas]
+            readers = [_scaled(layers[e.id], weights[e.id], base.device) for e in changed]
+            noise = rounding(base) * max(map(abs, counts))
+            delta = solved(deltas, readers, prior, noise, flattening)
+            return delta.mT if transposed else delta
+
         try:
-            delta = solved(
-                deltas, readers, prior, rounding(base) * max(map(abs, counts)),
-                parameters["flattening"])
+            delta = double(kept.change(
+                found, "matched", places(group, changed), counts, fraction, flattening,
+                kept.moments(layers[e.id] for e in changed)))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise PaveError(
                 f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
             ) from error
-        delta = delta.mT if transposed else delta
         return torch.add(double(base), delta, alpha=parameters["lambda"]).to(base)
 
 

@@ -30,11 +30,12 @@ import torch
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 from torch import Tensor
 
-from mergekit_pave.algebra.numeric import rounding, wide
+from mergekit_pave.algebra.numeric import double, rounding, wide
 from mergekit_pave.algebra.papers import REGMEAN
 from mergekit_pave.algebra.separation import flattened, regmean
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import CovarianceMethod, check_finite, spec_of
+from mergekit_pave.methods.kept import Kept
 from mergekit_pave.methods.layers import Layer
 from mergekit_pave.recipe.parameters import (
     CALIBRATION,
@@ -85,31 +86,55 @@ class RegMean(CovarianceMethod):
             # Without data the covariances would be empty. An optional tensor that only the base
             # has comes with no models at all.
             return base
-        deltas = (wide(entry.tensor) - wide(base) for entry in models)
         if len(layers) == len(models):
-            for entry in group.entries:
-                check_finite(entry.tensor, entry.id, group.metadata.name)
-            transposed = layers[models[0].id].transposed
-            covariances = [_reader(layers[e.id], base.device) for e in models]
-            oriented = (d.mT if transposed else d for d in deltas)
-            try:
-                delta = regmean(
-                    oriented,
-                    covariances,
-                    weights,
-                    parameters["reduce_non_diagonal_ratio"],
-                    parameters["averaging"],
-                )
-                delta = flattened(delta, parameters["flattening"], rounding(base))
-            except (ValueError, torch.linalg.LinAlgError) as error:
-                raise PaveError(
-                    f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
-                ) from error
-            delta = parameters["lambda"] * (delta.mT if transposed else delta)
+            delta = parameters["lambda"] * change(group, layers, parameters, Kept.of(group))
         else:
+            deltas = (wide(entry.tensor) - wide(base) for entry in models)
             total = sum(d * w for d, w in zip(deltas, weights, strict=True))
             delta = parameters["lambda_other"] * total / sum(weights)
         return (wide(base) + delta.to(wide(base))).to(base.dtype)
+
+
+def change(
+    group: TensorGroup,
+    layers: Mapping[Hashable, Layer],
+    parameters: Mapping[str, Any],
+    kept: Kept,
+) -> Tensor:
+    """The merged task vector of a linear layer as its weights are stored, before `lambda`.
+
+    Args:
+        group: the weights, not all of them the base's.
+        layers: of all models.
+        parameters: of the method.
+        kept: what is known of the group.
+    """
+    base, models = group.base.tensor, group.non_base
+    for entry in group.entries:
+        check_finite(entry.tensor, entry.id, group.metadata.name)
+    weights = [parameters["weight"][entry.id] for entry in models]
+    own = [layers[entry.id] for entry in models]
+    transposed, flattening = own[0].transposed, parameters["flattening"]
+    off_diagonal = parameters["reduce_non_diagonal_ratio"]
+    averaging = parameters["averaging"]
+    about = ("regmean", weights, off_diagonal, averaging, kept.moments(own))
+
+    def solved() -> Tensor:
+        deltas = (wide(entry.tensor) - wide(base) for entry in models)
+        oriented = (d.mT if transposed else d for d in deltas)
+        covariances = [_reader(layer, base.device) for layer in own]
+        delta = regmean(oriented, covariances, weights, off_diagonal, averaging)
+        return delta.mT if transposed else delta
+
+    def even() -> Tensor:
+        return flattened(double(kept.change(solved, *about)), flattening, rounding(base))
+
+    try:
+        return kept.change(even, *about, flattening) if flattening else kept.change(solved, *about)
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise PaveError(
+            f"The covariances of {group.metadata.name} are unusable: {error}; recalibrate."
+        ) from error
 
 
 def _reader(layer: Layer, device: torch.device) -> Callable[[], Tensor]:

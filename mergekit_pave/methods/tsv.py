@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mergekit.merge_methods import (
     GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
+    TensorEntry,
     TensorGroup,
 )
 from torch import Tensor
@@ -25,6 +26,7 @@ from mergekit_pave.algebra.response import matched
 from mergekit_pave.algebra.separation import flattened
 from mergekit_pave.algebra.tsv import kept_rank, merged_change
 from mergekit_pave.methods.base import check_finite, finite, is_matrix, spec_of
+from mergekit_pave.methods.kept import Kept, places
 from mergekit_pave.recipe.parameters import (
     FLATTENING,
     RANK_FRACTION,
@@ -75,30 +77,55 @@ class TaskSingularVectors(GroupMergeMethod):
         if not weights or base.numel() == 0:
             return base
         if is_matrix(group):
-            return finite(_matrix(group, weights, parameters), group)
+            merged = change(group, weights, parameters, Kept.of(group))
+            merged = torch.add(double(base), merged, alpha=parameters["lambda"])
+            return finite(merged.to(base), group)
         return finite(_mean(group, weights, parameters["lambda_other"]), group)
 
 
-def _matrix(
-    group: TensorGroup, weights: Mapping[Any, float], parameters: Mapping[str, Any]
+def change(
+    group: TensorGroup, weights: Mapping[Any, float], parameters: Mapping[str, Any], kept: Kept
 ) -> Tensor:
+    """The merged delta of a matrix in float64, before `lambda`.
+
+    Args:
+        group: the weights.
+        weights: those of the models, by id, that are not 0.
+        parameters: of the method.
+        kept: what is known of the group.
+    """
     base = group.base.tensor
     changed = [
         entry for entry in group.non_base
         if entry.id in weights and not torch.equal(entry.tensor, base)
     ]
     if not changed:
-        return base
-    for entry in (group.base, *changed):
-        check_finite(entry.tensor, entry.id, group.metadata.name)
-    count = kept_rank(base.shape, len(changed), parameters["rank_fraction"])
-    merged = merged_change(
-        base, [entry.tensor for entry in changed], [weights[entry.id] for entry in changed], count)
-    merged = flattened(double(merged), parameters["flattening"], rounding(base))
+        return torch.zeros_like(double(base))
+    counts = [weights[entry.id] for entry in changed]
+    merged = leading_change(group, changed, counts, parameters["rank_fraction"], kept)
+    if flattening := parameters["flattening"]:
+        merged = flattened(double(merged), flattening, rounding(base))
     if parameters["strength"] == "matched":
         deltas = ((double(e.tensor) - double(base)) * weights[e.id] for e in changed)
-        merged = merged * matched(deltas, merged)
-    return torch.add(double(base), merged, alpha=parameters["lambda"]).to(base)
+        merged = double(merged) * matched(deltas, merged)
+    return double(merged)
+
+
+def leading_change(
+    group: TensorGroup,
+    changed: Sequence[TensorEntry],
+    weights: Sequence[float],
+    fraction: float | None,
+    kept: Kept,
+) -> Tensor:
+    """`merged_change` of the models that differ from the base, as TSV-Merge is published."""
+    base = group.base.tensor
+    for entry in (group.base, *changed):
+        check_finite(entry.tensor, entry.id, group.metadata.name)
+    count = kept_rank(base.shape, len(changed), fraction)
+    return kept.change(
+        lambda: merged_change(base, [entry.tensor for entry in changed], weights, count),
+        "tsv", places(group, changed), weights, count)
 
 
 def _mean(group: TensorGroup, weights: Mapping[Any, float], scale: float) -> Tensor:

@@ -14,13 +14,15 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 from torch import Tensor
 
-from mergekit_pave.algebra.numeric import wide
+from mergekit_pave.algebra.numeric import double
 from mergekit_pave.algebra.papers import TSV
 from mergekit_pave.methods import regmean, tsv
 from mergekit_pave.methods.base import CovarianceMethod, spec_of
+from mergekit_pave.methods.kept import Kept
 from mergekit_pave.methods.layers import Layer
 from mergekit_pave.recipe.parameters import (
     CALIBRATION,
@@ -81,21 +83,17 @@ class TsvRegMean(CovarianceMethod):
             "averaging": averaging,
             "flattening": parameters["flattening"],
             _OFF_DIAGONAL.name: parameters[_OFF_DIAGONAL.name],
-            "lambda": 1.0,
         }
-        share, scale = parameters["balance"], parameters["lambda"]
-        # In float32 or better throughout: a difference of casts would be mostly rounding.
-        widened = replace(
-            group, entries=tuple(replace(e, tensor=wide(e.tensor)) for e in group.entries)
-        )
-        base = widened.base.tensor
-        merged = base.clone()
+        base, weights = group.base.tensor, parameters["weight"]
+        counting = {i: w for i, w in weights.items() if w != 0}
+        if all(torch.equal(e.tensor, base) for e in group.non_base if e.id in counting):
+            return base
+        share, scale, kept = parameters["balance"], parameters["lambda"], Kept.of(group)
+        merged = double(base)
         if share > 0:
-            one = tsv.TaskSingularVectors().merge_group(widened, **{**of_tsv, "lambda": 1.0})
-            merged.add_(one - base, alpha=scale * share)
+            one = tsv.change(group, counting, of_tsv, kept)
+            merged = torch.add(merged, one, alpha=scale * share)
         if share < 1:
-            other = regmean.RegMean().merge_layers(
-                widened, layers, **of_regmean
-            )
-            merged.add_(other - base, alpha=scale * (1 - share))
-        return merged.to(group.base.tensor.dtype)
+            other = double(regmean.change(group, layers, of_regmean, kept))
+            merged = torch.add(merged, other, alpha=scale * (1 - share))
+        return merged.to(base)

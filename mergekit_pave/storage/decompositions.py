@@ -1,8 +1,9 @@
-"""A cache of decompositions: sweeping ratio, density or method repeats none of them.
+"""A cache of decompositions: sweeping ratio, density, strength or method repeats none of them.
 
-One small file per weight and damping, addressed by the content of weight and covariance: `(out, k)`
-directions in float32, which is what weights of up to float32 are purified in, or in float64 for a
-float64 weight, with their singular values. A longer tail serves every shorter one.
+Of purifications, one small file per weight and damping, addressed by the content of weight and
+covariance: `(out, k)` directions in float32, which is what weights of up to float32 are purified
+in, or in float64 for a float64 weight, with their singular values. A longer tail serves every
+shorter one. Of methods that merge by factorising, one file per merged change of a weight.
 
 `MERGEKIT_PAVE_DECOMPOSITIONS` is the room for all of them, such as `4GiB`; those that were not
 used for longest go first, and 0 switches the cache off.
@@ -33,7 +34,10 @@ logger = logging.getLogger(__name__)
 KIND = Kind("mergekit-pave decomposition", 3, "The decomposition {} is", "it is computed again")
 ROOM = "MERGEKIT_PAVE_DECOMPOSITIONS"
 DEFAULT_ROOM = 8 * 2**30
+_FAULTS = (PaveError, OSError, LookupError, TypeError, ValueError)
 _lock = threading.Lock()
+# Bytes of changes that this process has kept.
+_changes = 0
 
 
 def room() -> int:
@@ -82,10 +86,41 @@ def remembered(
         tail = replace(tail, basis=tail.basis.to(stored))
     if limit:
         try:
-            _keep(folder, path, tail, limit)
+            tensors = {"basis": tail.basis, "values": tail.values}
+            _keep(folder, path, tensors, limit, largest=tail.largest, route=tail.route)
         except (OSError, PaveError) as error:
             _warn(str(error))
     return tail
+
+
+def remembered_change(folder: Path, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """The change of a weight (m, n) under that name, computed if it is not there.
+
+    All changes of a merge are as large as a model in float32. One process keeps no more of them
+    than there is room for: a merge that pushed out its own would leave nothing for the next.
+
+    Raises:
+        PaveError: `MERGEKIT_PAVE_DECOMPOSITIONS` is no size.
+    """
+    global _changes
+    limit, path = room(), folder / name[:2] / f"{name}.safetensors"
+    if limit and (header := read_header(path, KIND)) is not None:
+        try:
+            change = Archive(path.parent, KIND, header["entries"]).tensor("change")
+            os.utime(path)  # the time of its last use
+            return change
+        except _FAULTS:
+            pass
+    change = compute()
+    with _lock:
+        fits = _changes + change.nbytes <= limit
+        _changes += change.nbytes if fits else 0
+    if fits:
+        try:
+            _keep(folder, path, {"change": change}, limit, of="methods")
+        except (OSError, PaveError) as error:
+            _warn(str(error))
+    return change
 
 
 @functools.cache
@@ -93,16 +128,17 @@ def _warn(what: str) -> None:
     logger.warning("Decompositions are not kept, and the next merge repeats them: %s", what)
 
 
-def _keep(folder: Path, path: Path, tail: Tail, limit: int) -> None:
-    basis, values = tail.basis.cpu().contiguous(), tail.values.cpu()
-    size = basis.nbytes + values.nbytes
+def _keep(
+    folder: Path, path: Path, tensors: dict[str, Tensor], limit: int, **about: object
+) -> None:
+    here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in here.values())
     if size > limit:
         return
     make_folder(path.parent)
     with _lock:
         _make_room(folder, limit - size)
-    write_tensors(path, KIND, {"basis": basis, "values": values},
-                  largest=tail.largest, route=tail.route)
+    write_tensors(path, KIND, here, **about)
 
 
 def _make_room(folder: Path, limit: int) -> None:
@@ -134,6 +170,6 @@ def _read(path: Path, count: int) -> Tail | None:
         basis, values = archive.tensor("basis"), archive.tensor("values")
         tail = Tail(basis[:, :count], values[:count], float(header["largest"]), header["route"])
         os.utime(path)  # the time of its last use
-    except (PaveError, OSError, LookupError, TypeError, ValueError):
+    except _FAULTS:
         return None
     return tail
