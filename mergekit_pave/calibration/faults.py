@@ -44,6 +44,8 @@ _SENTENCES = (
      f"the spelling and your login, or name {LOCAL_FILE}."),
     (r"install 'Pillow'|ModuleNotFoundError: [^\n]*\bPIL\b",
      "{where} holds images, which need Pillow; run `pip install mergekit-pave[vision]`."),
+    (r"ModuleNotFoundError: No module named '(?P<list>\w+)",
+     "{where} needs the Python package {list}; install it, or name " f"{LOCAL_FILE}."),
     (r"EmptyDatasetError|DataFilesNotFoundError",
      "{where} has no data files; put .jsonl, .json, .csv, .parquet, .txt or image files there."),
 )

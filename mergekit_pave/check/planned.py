@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from zipfile import is_zipfile
 
 from mergekit.architecture.base import ModelArchitecture
 from mergekit.common import ModelReference
@@ -76,18 +77,28 @@ def _without_effect(
 
 
 def architecture(
-    recipe: Recipe, options: LoaderOptions, allowed: Allowances
+    recipe: Recipe, options: LoaderOptions, allowed: Allowances, lazy_unpickle: bool = False
 ) -> ModelArchitecture:
     """The architecture to merge by, after all files of the models were downloaded.
 
+    `lazy_unpickle` is mergekit's.
+
     Raises:
-        PaveError: the first error of `check_planned`.
+        PaveError: the first error of `check_planned`, or a file that mergekit does not read so.
     """
     found = {model: fetched(model, options) for model in _places(recipe)}
     for item in found.values():
-        if fault := incomplete(item)[0]:
+        if fault := incomplete(item)[0] or (lazy_unpickle and _old_pickle(item)):
             raise PaveError(fault)
     return plan(recipe.config, found, options, allowed.crimes).architecture
+
+
+def _old_pickle(item: Checkpoint) -> str | None:
+    for name in sorted({header.file for header in item.headers.values()}):
+        if name.endswith(".bin") and not is_zipfile(item.folder / name):
+            return (f"{item.folder / name} is of a format that torch has not written since 2020, "
+                    "which --lazy-unpickle does not read: leave that option out.")
+    return None
 
 
 def _places(recipe: Recipe) -> dict[ModelReference, str]:

@@ -179,14 +179,15 @@ def _read_pickle(path: Path, again: str) -> dict[str, Header]:
             path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as fault:
         reason = str(fault).strip().splitlines()[0].rstrip(".") if str(fault).strip() else "cut"
+        if reason.startswith("Weights only load failed"):  # and then how to run its code
+            reason = "Python objects of other classes"
         raise PaveError(
             f"{path} is cut short, damaged, or holds more than tensors ({reason}); {again}, as "
             "safetensors."
         ) from fault
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise PaveError(f"{path} holds no state of a model; {again}.")
+    # mergekit lists the tensors below `state_dict`, and then does not find them.
+    if not isinstance(state, dict) or isinstance(state.get("state_dict"), dict):
+        raise PaveError(f"{path} holds no plain state of a model; {again}, as safetensors.")
     return {name: Header(path.name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for name, value in state.items() if isinstance(value, Tensor)}
 

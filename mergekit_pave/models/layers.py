@@ -122,7 +122,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
 def refuse_quantised(config: PretrainedConfig, label: str) -> None:
     """Raise `PaveError` for a checkpoint whose weights are not plain floating point."""
     quantised = getattr(config, "quantization_config", None)
-    if quantised:
+    if quantised is not None:
         get = quantised.get if isinstance(quantised, dict) else lambda k: getattr(quantised, k, "")
         raise PaveError(
             f"{label} is quantised ({get('quant_method') or 'quantization_config'}): merging "

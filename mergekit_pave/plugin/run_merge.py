@@ -119,7 +119,7 @@ def _around(
             logger.warning("%s", warning)
         LoaderCache().setup(options=options)
         # Downloads the models, so that one that does not fit is refused before any is calibrated.
-        planned = architecture(recipe, loading, allowed)
+        planned = architecture(recipe, loading, allowed, options.lazy_unpickle)
         open_adapted(config, options)
     entries = recipe.inputs  # before mergekit's planner rewrites the configuration
     folders = _folders(config, loading)

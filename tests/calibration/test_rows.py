@@ -254,6 +254,7 @@ def test_dataset_script(write, tmp_path):
      "no configuration 'c'; set calibration_config to one of 'main', 'socratic'"),
     (ValueError("Couldn't find cache for a/b for config 'c'\nAvailable configs in the cache: "
                 "['main']"), "not in the offline cache \\(cached: 'main'\\)"),
+    (ModuleNotFoundError("No module named 'aiohttp'"), "needs the Python package aiohttp; install"),
     (RuntimeError("Something\nnobody foresaw"), "could not be read: Something; repair it"),
 ])
 def test_hub_failures(monkeypatch, error, sentence):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("nothing_heavy")
         ({"vocab_size": 100}, ["100 tokens, the base 94", "`tokenizer: {source: base}`"]),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
          ["Qwen2ForCausalLM", "LlamaForCausalLM", "one architecture"]),
+        ({"quantization_config": {}}, ["is quantised", "full-precision"]),
         ({"architectures": None}, ["`architectures`", "LlamaForCausalLM"]),
         ({"model_type": "never_heard_of"}, ["Cannot read the config", "never_heard_of",
                                             "upgrade transformers"]),

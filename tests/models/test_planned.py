@@ -141,6 +141,7 @@ FILES = {
              r"is \(16,\), and by its config \(32,\)"),
     "another format": (lambda p: (p / "model.safetensors").rename(p / "consolidated.safetensors"),
                        "has no weights that mergekit reads .* only consolidated"),
+    "inside": (lambda p: in_pickle(p, lambda state: {"state_dict": state}), "no plain state"),
     "pickle": (lambda p: pickled(p), "is cut short, damaged, or holds more than tensors"),
 }
 
@@ -170,6 +171,27 @@ class Harmful:
 def pickled(path: Path) -> None:
     (path / "model.safetensors").unlink()
     torch.save({"x": Harmful()}, path / "pytorch_model.bin")
+
+
+def in_pickle(path: Path, change, zipped: bool = True) -> None:
+    state = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    torch.save(change(state), path / "pytorch_model.bin",
+               _use_new_zipfile_serialization=zipped)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_pickle_of_an_old_torch(tmp_path, lazy):
+    paths = llamas(tmp_path)
+    expected = merge(recipe(paths), tmp_path / "expected")
+    in_pickle(paths[1], dict, zipped=False)
+    assert errors(recipe(paths)) == []
+    if lazy:
+        with pytest.raises(PaveError, match="pytorch_model.bin .* --lazy-unpickle does not read"):
+            merge(recipe(paths), tmp_path / "out", lazy_unpickle=True)
+        return
+    for name, tensor in merge(recipe(paths), tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name])
 
 
 @pytest.mark.parametrize("which", [0, 1])
