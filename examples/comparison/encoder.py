@@ -6,6 +6,7 @@ Heads are not merged: every task keeps its own, and scores an encoder under it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from folders import all_or_nothing, write_rows
 from safetensors.torch import load_file, save_file
-from tasks import BASE_PACKAGE
+from tasks import BASE_PACKAGE, Rows, Task
 from tasks_encoder import TASKS
 from torch import nn
 from train import Classifier, fine_tune, fit_head
@@ -23,6 +24,7 @@ KIND = "encoder"
 WRITES = False  # can its models write calibration data?
 METRIC = "accuracy"
 NAMES = tuple(task.name for task in TASKS)
+HALVES = ("even", "odd")  # `icd-odd` is every second chapter, a task of its own
 SIZES = {"train": 4000, "validation": 150, "test": 400}
 QUICK = {"train": 600, "validation": 100, "test": 200}
 EPOCHS, LEARNING_RATE = 2, 2e-4
@@ -40,8 +42,21 @@ def strength(model: np.ndarray, base: np.ndarray, expert: np.ndarray) -> np.ndar
 @functools.cache
 def rows(task: str, quick: bool) -> dict:
     """Split -> (texts, labels). Test rows are never trained, calibrated or tuned on."""
-    (found,) = (t for t in TASKS if t.name == task)
-    return found.load(QUICK if quick else SIZES)
+    name, _, half = task.partition("-")
+    found = _task(name).load(QUICK if quick else SIZES)
+    return half_of(found, HALVES.index(half)) if half else found
+
+
+def half_of(found: dict[str, Rows], half: int) -> dict[str, Rows]:
+    """The rows of every second class, from class `half` on, and those classes numbered anew."""
+    kept = {name: [(text, label // 2) for text, label in zip(*split, strict=True)
+                   if label % 2 == half] for name, split in found.items()}
+    return {name: tuple(map(list, zip(*split, strict=True))) for name, split in kept.items()}
+
+
+def _task(name: str) -> Task:
+    (found,) = (t for t in TASKS if t.name == name.partition("-")[0])
+    return found
 
 
 @functools.cache
@@ -60,24 +75,25 @@ def held_out(task: str, split: str, quick: bool) -> tuple[list[str], list[int]]:
 @functools.cache
 def groups(task: str, split: str, quick: bool) -> list[str]:
     """What each row is a near copy within: its category, chapter, or nothing but itself."""
-    (found,) = (t for t in TASKS if t.name == task)
-    group_of = {" ".join(text.split()): group for group, text, _ in found.rows() if text}
+    group_of = {" ".join(text.split()): group for group, text, _ in _task(task).rows() if text}
     return [group_of[text] for text in held_out(task, split, quick)[0]]
 
 
-def prepare(out: Path, quick: bool) -> None:
+def prepare(out: Path, quick: bool, names: Iterable[str] = NAMES) -> None:
     """The base model and every task's calibration rows below `out`."""
     folder = files(BASE_PACKAGE) / "model"
     if not (out / "base").exists():
         with all_or_nothing(out / "base") as base:
             AutoModel.from_pretrained(str(folder)).save_pretrained(base)
             AutoTokenizer.from_pretrained(str(folder)).save_pretrained(base)
-    for task in NAMES:
+    for task in names:
         texts, _ = rows(task, quick)["train"]
         write_rows(out / "calibration" / f"{task}.jsonl", texts[:CALIBRATION_ROWS])
 
 
-def train(out: Path, task: str, seed: int, quick: bool) -> None:
+def train(
+    out: Path, task: str, seed: int, quick: bool, epochs: int = EPOCHS, rate: float = LEARNING_RATE
+) -> None:
     """One expert: `experts/SEED/TASK`, its head beside it."""
     folder = out / "experts" / str(seed) / task
     if folder.exists():
@@ -88,7 +104,7 @@ def train(out: Path, task: str, seed: int, quick: bool) -> None:
     heads = {"base": fit_head(model.all_features(data[0]), data[1])}
     # Not that one: an encoder that has to fit a fresh head moves further, as fine-tunes do.
     model.head = nn.Linear(*reversed(heads["base"].weight.shape))
-    for line in fine_tune(model, data, seed, EPOCHS, LEARNING_RATE):
+    for line in fine_tune(model, data, seed, epochs, rate):
         print(f"  {task}, seed {seed}: {line}", flush=True)
     heads["expert"] = model.head
     tensors = {f"{of}.{k}": v for of, head in heads.items() for k, v in head.state_dict().items()}

@@ -1,13 +1,15 @@
 """Merges from task vectors alone, at matched and at fixed strengths, before they are methods.
 
-    python examples/comparison/prototypes.py --setting encoder --tasks nouns,verbs,icd
+    python examples/comparison/prototypes.py --setting encoder --tasks nouns,icd/verbs,bible
         [--methods tsv_m/matched_regmean] [--strengths matched:1,plain:1.25] [--split test]
+        [--seeds 0,1]
     python examples/comparison/prototypes.py --setting causal --screen matched_regmean
 
 Uses the experts that `run.py` has trained, adds a line per merge to `prototypes.csv` and row scores
 to `prototypes.jsonl` in `out/SETTING`, and prints every score with the difference from the first,
 both with 95 % intervals of a paired bootstrap over rows and tasks. A merge that is there already is
-not made again. A task may name its seed (`nouns:1`); the same task twice is an overlap.
+not made again. Tasks between slashes are merged by themselves, and all of them scored together.
+A task may name its seed (`nouns:1`); the same task twice is an overlap.
 
 `--screen` merges and scores nothing: it prints what strengths from the weights alone come to, as
 multiples of the matched one: the median over the matrices, and their 10th and 90th percentile.
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -96,6 +100,16 @@ def trimmed(deltas: Deltas) -> Tensor:
     return toward(deltas, [lambda d=d: estimated(d) for d in halves], tsv_m(deltas)).delta
 
 
+def ties(deltas: Deltas, density: float = 0.2) -> Tensor:
+    """The largest entries of each, and where those disagree in sign, the mean of the side that
+    weighs more (arXiv 2306.01708)."""
+    place = max(1, int((1 - density) * deltas[0].numel()))
+    kept = torch.stack([torch.where(d.abs() > d.abs().flatten().kthvalue(place).values, d, 0)
+                        for d in deltas])
+    agree = (kept.sign() == kept.sum(0).sign()) & (kept != 0)
+    return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
 METHODS: dict[str, Callable[[Deltas], Tensor]] = {
     "tsv_m": tsv_m,
     "tsv_m, flattening 0.5": lambda ds: flattened(tsv_m(ds), 0.5),
@@ -109,20 +123,35 @@ METHODS: dict[str, Callable[[Deltas], Tensor]] = {
     "iso_cts": iso_cts,
     "dc": dc,
     "task_arithmetic": sum,
+    "ties": ties,
 }
 
 
 class Experts:
-    """Base and experts of a setting, and what merges of them score."""
+    """Base and experts of a setting, merges of them, and what those score, kept on disk."""
 
-    def __init__(self, name: str, out: Path, tasks: Sequence[str]):
-        self.setting, self.out = importlib.import_module(name), out
+    def __init__(self, name: str, out: Path, tasks: Sequence[str], split: str):
+        self.setting, self.out, self.split = importlib.import_module(name), out, split
         self.tasks = [task.partition(":")[::2] for task in tasks]
-        self.base = _weights(out / "base")
-        self.experts = [_weights(self._folder(*task)) for task in self.tasks]
+        self.file, self.key = out / "prototypes.jsonl", [",".join(tasks), split]
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.rows = {name: [np.asarray(r) for r in rows]
+                     for *key, name, rows in map(json.loads, lines) if key == self.key}
+        for of, folders in {"base": [out / "base"] * len(tasks), "experts": self.folders}.items():
+            if of not in self.rows:
+                self.keep(of, folders)
 
-    def _folder(self, task: str, seed: str) -> Path:
-        return self.out / "experts" / (seed or "0") / task
+    @property
+    def folders(self) -> list[Path]:
+        return [self.out / "experts" / (seed or "0") / task for task, seed in self.tasks]
+
+    @functools.cached_property
+    def base(self) -> dict[str, Tensor]:
+        return _weights(self.out / "base")
+
+    @functools.cached_property
+    def experts(self) -> list[dict[str, Tensor]]:
+        return [_weights(folder) for folder in self.folders]
 
     def deltas(self, name: str) -> tuple[list[Tensor], bool]:
         """Those that are not zero, and whether the tensor is a matrix to merge as one."""
@@ -142,7 +171,8 @@ class Experts:
                 found.setdefault(name, []).append(value)
         return found
 
-    def merged(self, method: Callable[[Deltas], Tensor]) -> dict[str, tuple[Tensor, float]]:
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - as large as the model; the latest is enough
+    def changes(self, method: str) -> dict[str, tuple[Tensor, float]]:
         """Name -> the change that a method makes of a matrix, or the mean, and its strength."""
         result = {}
         for name, weight in self.base.items():
@@ -151,115 +181,112 @@ class Experts:
                 total = sum(deltas, torch.zeros_like(weight, dtype=torch.float64))
                 result[name] = total / len(self.experts), 0.0
             else:
-                change = method(deltas)
+                change = METHODS[method](deltas)
                 result[name] = change, matched(deltas, change)
         return result
 
-    def score(self, weights: dict[str, Tensor], split: str) -> list[np.ndarray]:
-        """Rows of every task."""
-        folder = self.out / "prototype"
-        folder.mkdir(exist_ok=True)
-        for file in (self.out / "base").iterdir():
-            if file.suffix != ".safetensors":
-                (folder / file.name).write_bytes(file.read_bytes())
-        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})
-        getattr(getattr(self.setting, "_opened", None), "cache_clear", lambda: None)()
-        return [np.asarray(self.setting.score(self.out, folder, task, int(seed or 0), split, False))
-                for task, seed in self.tasks]
+    def merged(self, method: str, strength: str) -> dict[str, Tensor]:
+        """All weights of a merge, at `matched:x` or `plain:x`."""
+        kind, factor = strength.split(":")
+        return {
+            name: (self.base[name].double() + change * (
+                1 if own == 0 else float(factor) * (own if kind == "matched" else 1)
+            )).float() for name, (change, own) in self.changes(method).items()}
 
-    def references(self, split: str) -> dict[str, list[np.ndarray]]:
-        score = self.setting.score
-        found: dict[str, list[np.ndarray]] = {"base": [], "experts": []}
-        for task, seed in self.tasks:
-            folders = {"base": self.out / "base", "experts": self._folder(task, seed)}
-            for name, folder in folders.items():
-                rows = score(self.out, folder, task, int(seed or 0), split, False)
-                found[name].append(np.asarray(rows))
-        return found
+    def score(self, label: str, weights: dict[str, Tensor]) -> None:
+        """Rows of every task, on disk as `label`."""
+        # A folder of its own for every merge: settings remember the model they opened last.
+        with tempfile.TemporaryDirectory(dir=self.out) as name:
+            folder = Path(name)
+            for file in (self.out / "base").iterdir():
+                if file.suffix != ".safetensors":
+                    (folder / file.name).write_bytes(file.read_bytes())
+            save_file({k: v.contiguous() for k, v in weights.items()},
+                      folder / "model.safetensors", metadata={"format": "pt"})
+            self.keep(label, [folder] * len(self.tasks))
+        print("  merged", label, flush=True)
+
+    def keep(self, label: str, folders: Sequence[Path]) -> None:
+        score = functools.partial(self.setting.score, self.out)
+        self.rows[label] = [
+            np.asarray(score(folder, task, int(seed or 0), self.split, False))
+            for folder, (task, seed) in zip(folders, self.tasks, strict=True)]
+        with self.file.open("a") as opened:
+            opened.write(json.dumps([*self.key, label, [r.tolist() for r in self.rows[label]]]))
+            opened.write("\n")
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--setting", choices=("encoder", "causal"), default="encoder")
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help="default: all")
-    parser.add_argument("--methods", type=lambda text: text.split("/"),
-                        default=["tsv_m", "blend", "matched_regmean"], help="NAME/NAME/...")
+def options(description: str, methods: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--setting", choices=("encoder", "causal", "halves", "long"),
+                        default="encoder")
+    parser.add_argument("--tasks", help="TASK,TASK/TASK,...; default: all")
+    parser.add_argument("--seeds", type=lambda text: text.split(","), default=["0"])
+    parser.add_argument("--methods", type=lambda text: text.split("/"), default=methods,
+                        help="NAME/NAME/...")
     parser.add_argument("--strengths", type=lambda text: text.split(","), default=["matched:1"])
-    parser.add_argument("--screen", choices=METHODS, help="only strengths, of this method")
-    parser.add_argument("--every", type=int, default=1, help="screen one matrix of so many")
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    return parser
+
+
+def chosen(args: argparse.Namespace) -> list[list[Experts]]:
+    """Seed -> part -> its experts."""
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     out = args.out.resolve() / args.setting
-    tasks = args.tasks or importlib.import_module(args.setting).NAMES
-    experts, kept = Experts(args.setting, out, tasks), Kept(out, tasks, args.split)
+    names = args.tasks or ",".join(importlib.import_module(args.setting).NAMES)
+    parts = [part.split(",") for part in names.split("/")]
+    return [[Experts(args.setting, out, [task + (seed != "0") * f":{seed}" for task in part],
+                     args.split) for part in parts] for seed in args.seeds]
+
+
+def main() -> None:
+    parser = options(__doc__, ["tsv_m", "blend", "matched_regmean"])
+    parser.add_argument("--screen", choices=METHODS, help="only strengths, of this method")
+    parser.add_argument("--every", type=int, default=1, help="screen one matrix of so many")
+    args = parser.parse_args()
+    seeds = chosen(args)
     if args.screen:
-        for name, values in experts.screen(METHODS[args.screen], args.every).items():
+        for name, values in seeds[0][0].screen(METHODS[args.screen], args.every).items():
             low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
             print(f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
         return
-    for name in ("base", "experts"):
-        if name not in kept.rows:
-            for of, rows in experts.references(args.split).items():
-                kept.add(of, rows)
-    for name in args.methods:
-        labels = {f"{name} ({kind})": kind.split(":") for kind in args.strengths}
-        changes = None
-        for label, (kind, factor) in labels.items():
-            if label in kept.rows:
-                continue
-            changes = changes or experts.merged(METHODS[name])
-            weights = {
-                key: (experts.base[key].double() + change * (
-                    1 if strength == 0 else float(factor) * (strength if kind == "matched" else 1)
-                )).float() for key, (change, strength) in changes.items()}
-            kept.add(label, experts.score(weights, args.split))
-            print("  merged", label, flush=True)
     wanted = [f"{name} ({kind})" for name in args.methods for kind in args.strengths]
-    report(experts, kept, wanted)
+    for part in (part for parts in seeds for part in parts):
+        for label in wanted:
+            if label not in part.rows:
+                part.score(label, part.merged(*label[:-1].rsplit(" (", 1)))
+    report(seeds, wanted)
 
 
-class Kept:
-    """Row scores on disk, of one list of tasks on one split."""
-
-    def __init__(self, out: Path, tasks: Sequence[str], split: str):
-        self.file, self.key = out / "prototypes.jsonl", [",".join(tasks), split]
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.rows = {name: [np.asarray(r) for r in rows]
-                     for *key, name, rows in map(json.loads, lines) if key == self.key}
-
-    def add(self, name: str, rows: list[np.ndarray]) -> None:
-        self.rows[name] = rows
-        with self.file.open("a") as opened:
-            opened.write(json.dumps([*self.key, name, [r.tolist() for r in rows]]) + "\n")
-
-
-def report(experts: Experts, kept: Kept, wanted: list[str]) -> None:
+def report(seeds: Sequence[Sequence[Experts]], wanted: Sequence[str]) -> None:
+    """Print a table; the first of `wanted` is what the others are compared with."""
     from intervals import bootstrap
 
-    tasks, split = kept.key
-    groups = [experts.setting.groups(task, split, False) for task, _ in experts.tasks]
-    scores = {name: [rows] for name, rows in kept.rows.items()}
-    for resample in (True, False):
-        found = bootstrap(scores, groups, experts.setting.strength, resample_tasks=resample)
-        print(f"{tasks}, {split}; intervals over rows" + " and tasks" * resample)
-        lines = []
-        for name in wanted:
-            score, over = found.score(name), found.difference(name, wanted[0])
-            lines.append([tasks, split, "tasks and rows" if resample else "rows", name, *(
-                f"{100 * value:.1f}" for value in (
-                    score.value, score.low, score.high, over.value, over.low, over.high))])
-            print("  {3}: {4} ({5} to {6}); over the first {7} ({8} to {9})".format(*lines[-1]))
-        with (kept.file.with_suffix(".csv")).open("a", newline="") as opened:
-            csv.writer(opened).writerows(lines)
+    first = seeds[0][0]
+    groups = [first.setting.groups(task, first.split, False)
+              for part in seeds[0] for task, _ in part.tasks]
+    scores = {name: [[rows for part in parts for rows in part.rows[name]] for parts in seeds]
+              for name in ("base", "experts", *wanted)}
+    tasks = "/".join(part.key[0] for part in seeds[0])
+    print(f"\n{tasks}, {len(seeds)} seeds, {first.split}\n\n"
+          "| | score | over the first | ... of other tasks, too |\n|---|---|---|---|")
+    found = [bootstrap(scores, groups, first.setting.strength, resample_tasks=resample)
+             for resample in (False, True)]
+    for name in wanted:
+        cells = [found[0].score(name), *(f.difference(name, wanted[0]) for f in found)]
+        values = [[100 * v for v in (c.value, c.low, c.high)] for c in cells]
+        print("| `{}` | {:.1f} ({:.1f} to {:.1f}) |".format(name, *values[0]), *(
+            "{:+.1f} ({:+.1f} to {:+.1f}) |".format(*v) for v in values[1:]))
+        with first.file.with_suffix(".csv").open("a", newline="") as opened:
+            csv.writer(opened).writerow([tasks, len(seeds), first.split, name, *(
+                f"{value:.1f}" for of in values for value in of)])
 
 
 if __name__ == "__main__":

