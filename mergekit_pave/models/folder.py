@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.names import is_local, name_of
@@ -19,8 +20,18 @@ _COMPANIONS = re.compile(
     r"|word_pronunciation)\.json|dict\.txt|bpe\.codes|prophetnet\.tokenizer"
 )
 
-# Keys in them that can hold a path of the machine they were made on.
-_PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+# What a merge writes beside its weights. Beside a merge others keep files, too: those that only
+# look like a tokenizer's (`lid.model`, `train.py`) are theirs.
+_WRITTEN = re.compile(
+    r"(config|generation_config|special_tokens_map|added_tokens|chat_template|vocab"
+    r"|tokenizer(_config)?|(video_)?(pre)?processor_config)\.json|chat_template\.jinja"
+    r"|(vocab|merges)\.txt|(source|target)\.spm"
+    r"|(tokenizer|spiece|sentencepiece(\.bpe)?|spm(_char)?|tiktoken)\.model"
+    r"|(tekken|entity_vocab|target_vocab|vocab-(src|tgt))\.json|bpe\.codes|prophetnet\.tokenizer"
+)
+
+# Keys in settings that can hold a path of the machine they were made on.
+_PATH = re.compile(r"_?name_or_path|\w+_file")
 _LFS = b"version https://git-lfs"
 
 
@@ -44,7 +55,41 @@ def companions(folder: Path) -> dict[str, Path]:
             if f.is_file() and _COMPANIONS.fullmatch(f.name)}
 
 
+def written(folder: Path) -> dict[str, Path]:
+    """Those companions that a merge may have written, by name."""
+    return {name: file for name, file in companions(folder).items() if _WRITTEN.fullmatch(name)}
+
+
+def own_code(folder: Path) -> dict[str, Path]:
+    """The Python files that a model's settings name, what these import from beside them, and the
+    vocabularies that they mention, by name."""
+    found: dict[str, Path] = {}
+    maps = (_mapping(folder / name).get("auto_map") for name in
+            ("config.json", "tokenizer_config.json", "processor_config.json"))
+    modules = re.findall(r"(?<![\w.-])(\w+)\.\w+", json.dumps([m for m in maps if m]))
+    while modules:
+        name = f"{modules.pop()}.py"
+        if name not in found and (folder / name).is_file():
+            found[name] = folder / name
+            text = found[name].read_text("utf-8", "replace")
+            modules += re.findall(r"^\s*from\s+\.(\w+)\s+import", text, re.MULTILINE)
+    code = "".join(file.read_text("utf-8", "replace") for file in found.values())
+    return found | {n: f for n, f in companions(folder).items()
+                    if n.endswith((".model", ".tiktoken", ".spm")) and n in code}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A JSON mapping; an empty one where the file is none."""
+    try:
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 _MODULES = "modules.json"
+_OF_MODULE = re.compile(r"\w*config\.json|model\.safetensors|pytorch_model\.bin|tokenizer\.json"
+                        r"|(vocab|merges)\.(txt|json)|special_tokens_map\.json")
 _SENTENCES = (_MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
@@ -56,7 +101,7 @@ def sentence_files(folder: Path) -> dict[str, Path]:
     try:
         modules = json.loads((folder / _MODULES).read_text("utf-8"))
         paths = [module["path"] for module in modules]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     found = {name: folder / name for name in _SENTENCES if (folder / name).is_file()}
     for path in paths:
@@ -64,7 +109,8 @@ def sentence_files(folder: Path) -> dict[str, Path]:
         if not isinstance(path, str) or not re.fullmatch(r"\w[\w.-]*", path):
             continue
         if (folder / path).is_dir() and not (folder / path).is_symlink():
-            files = sorted(f for f in (folder / path).iterdir() if f.is_file())
+            files = sorted(f for f in (folder / path).iterdir()
+                           if f.is_file() and _OF_MODULE.fullmatch(f.name))
             found |= {f"{path}/{file.name}": file for file in files}
     return found
 
@@ -97,19 +143,37 @@ def copy_companions(files: Mapping[str, Path], out: Path) -> None:
     """Copy companions, without paths of this machine in them."""
     out.mkdir(exist_ok=True)
     for name, file in files.items():
+        write_bytes(out / name, public(name, file.read_bytes()))
+
+
+def make_public(folder: Path) -> None:
+    """Take the paths of this machine out of the settings beside a model."""
+    for name, file in companions(folder).items():
         content = file.read_bytes()
-        if name in ("config.json", "tokenizer_config.json"):
-            content = public_json(content)
-        write_bytes(out / name, content)
+        if (new := public(name, content)) != content:
+            write_bytes(file, new)
 
 
-def public_json(content: bytes) -> bytes:
-    """A JSON mapping with local paths cut to their names."""
-    values = json.loads(content)
-    for key in _PATHS:
-        if isinstance(values.get(key), str) and is_local(values[key]):
-            values[key] = name_of(values[key])
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+def public(name: str, content: bytes) -> bytes:
+    """A companion with the local paths of its settings cut to their names."""
+    if not name.endswith("config.json"):
+        return content
+    try:
+        values = json.loads(content)
+        new = _public(values)
+        same = new == values
+    except (ValueError, RecursionError):  # no settings
+        return content
+    return content if same else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _public(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _public(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    local = isinstance(value, str) and _PATH.fullmatch(key) and is_local(value)
+    return name_of(value) if local else value
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

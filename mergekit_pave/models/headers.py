@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable
@@ -90,7 +91,7 @@ def headers(folder: Path, again: str = _AGAIN) -> dict[str, Header]:
         )
     found: dict[str, Header] = {}
     for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):  # nor is a name that is too long one
             raise PaveError(
                 f"{folder / shard} is missing, which {index.name} names; {again}.")
         found |= _read(folder / shard, again)
@@ -123,10 +124,12 @@ def adapter_headers(folder: Path) -> dict[str, Header]:
 
 def _listed(index: Path, again: str) -> dict[str, str]:
     try:
+        if not index.is_file():  # to open a pipe is to wait for ever
+            raise ValueError("no file")
         listed = json.loads(index.read_text("utf-8"))["weight_map"]
         inside = all(isinstance(file, str) and Path(file).name == file and file not in ("", "..")
                      for file in listed.values())
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as fault:
         raise PaveError(f"{index} is no index of weights; {again}.") from fault
     if not inside:
         raise PaveError(f"{index} names files outside its folder; {again}.")
@@ -157,6 +160,8 @@ def _and_more(names: Iterable[str]) -> str:
 
 
 def _read(path: Path, again: str) -> dict[str, Header]:
+    if not path.is_file():
+        raise PaveError(f"{path} is no file; {again}.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, again)
     return _read_pickle(path, again)

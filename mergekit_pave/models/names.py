@@ -31,7 +31,7 @@ def local_path(source: str) -> Path | None:
     path = Path(os.path.expanduser(source))
     looks_local = (
         source.startswith((".", "~", "/")) or path.is_absolute() or source.count("/") > 1
-        or builder_of(path) is not None or path.exists())
+        or builder_of(path) is not None or os.path.exists(path))
     return path if looks_local and "://" not in source else None
 
 
@@ -93,5 +93,5 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 def _is_yaml_text(name: str) -> bool:
     try:
         return yaml.safe_load(name) == name
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2001-99-99 is no date
         return False

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from mergekit_pave.models.checkpoint import Checkpoint
-from mergekit_pave.models.folder import companions, public_json
+from mergekit_pave.models.folder import companions, public
 from mergekit_pave.models.source import ModelSource, tokenizer_folder
 from mergekit_pave.storage.files import write_bytes
 
@@ -62,8 +62,7 @@ def own_files(
             own |= {name: file for name, file in there.items() if kind.fullmatch(name)}
     contents = {name: file.read_bytes() for name, file in own.items()}
     contents[CONFIG] = _config(source.config(), base, _loaded(merged, source), rearranges)
-    for name in {CONFIG, "tokenizer_config.json"} & contents.keys():
-        contents[name] = public_json(contents[name])
+    contents = {name: public(name, content) for name, content in contents.items()}
     same = {name for name, file in there.items() if file.read_bytes() == contents.get(name)}
     return {name: None if name in same else content for name, content in contents.items()}
 

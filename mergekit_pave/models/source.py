@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,18 @@ def public_reference(model: ModelReference) -> Reference:
     paths = paths_of(model)
     hub = None if any(map(is_local, paths)) else str(model)
     return Reference("+".join(map(name_of, paths)), hub)
+
+
+_ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[^@]+)?")
+
+
+def on_hub(base: Reference) -> str | None:
+    """Where a base can be loaded from; `None` for a local one.
+
+    A manifest may come from a stranger, and leads to no other path of this machine.
+    """
+    parts = (base.hub or "").split("+")
+    return base.hub if all(map(_ON_HUB.fullmatch, parts)) else None
 
 
 def model_source(

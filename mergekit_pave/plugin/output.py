@@ -15,20 +15,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit.common import ModelReference
+from safetensors import SafetensorError
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import companions, sentence_files
+from mergekit_pave.models.folder import sentence_files, written
 from mergekit_pave.models.source import paths_of
 from mergekit_pave.publish import record
 from mergekit_pave.recipe.reading import CONFIGURATION
 from mergekit_pave.storage import masks
-from mergekit_pave.storage.files import make_folder, scratch, to_disk
+from mergekit_pave.storage.files import alone_in, make_folder, scratch, to_disk
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = re.compile(
-    r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?"
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
+# What libraries say of a disk that takes no more; safetensors has an error of its own.
+_FULL = re.compile(r"os error (28|122|27)|No space left|quota exceeded|File too large", re.I)
 _CARD, _CONFIG = "README.md", "config.json"
 
 
@@ -41,6 +44,7 @@ def taking_the_place(out_path: Path | str) -> Iterator[Path]:
     """
     out = Path(out_path)
     existed = out.exists()
+    masks.files(out)  # refuses what is not to be followed
     make_folder(out)
     try:
         with scratch(out) as staging:
@@ -48,7 +52,15 @@ def taking_the_place(out_path: Path | str) -> Iterator[Path]:
             inner = staging / (out.resolve().name or "merge")
             yield inner
             if inner.is_dir():
-                _replace(out, inner)
+                with alone_in(out):
+                    _replace(out, inner)
+    except (OSError, SafetensorError) as error:
+        if not _FULL.search(str(error)):
+            raise
+        raise PaveError(
+            f"There is no room for the merge in {out} ({' '.join(str(error).split())}): make room "
+            "and merge again."
+        ) from error
     finally:
         if not existed:
             with suppress(OSError):
@@ -59,6 +71,7 @@ def _replace(out: Path, inner: Path) -> None:
     new = {path.relative_to(inner) for path in inner.rglob("*") if path.is_file()}
     for path in new:
         to_disk(inner / path)
+        _refuse_taken(out, path)
     old = _earlier(out)
     for path in sorted(old, key=lambda path: path.name != _CONFIG):
         path.unlink(missing_ok=True)
@@ -77,12 +90,23 @@ def _replace(out: Path, inner: Path) -> None:
     to_disk(out)
 
 
+def _refuse_taken(out: Path, path: Path) -> None:
+    """Raise `PaveError`, before anything is removed, where a file cannot get its place."""
+    folders = [out / parent for parent in path.parents if parent.name]
+    taken = [out / path] if (out / path).is_dir() and not (out / path).is_symlink() else []
+    taken += [f for f in folders if f.is_symlink() or (f.exists() and not f.is_dir())]
+    if taken:
+        raise PaveError(
+            f"{taken[0]} is in the way of the merge's {path}: move it, or merge into another folder."
+        )
+
+
 def _earlier(out: Path) -> list[Path]:
     """The files of an earlier merge; in a folder without one, only files known to be ours."""
     found = [*record.files(out), *masks.files(out)]
     if (out / CONFIGURATION).is_file() or found:
         known = [out / name for name in (_CARD, CONFIGURATION)]
-        found += [*_weights(out), *companions(out).values(),
+        found += [*_weights(out), *written(out).values(),
                   *sentence_files(out).values(), *filter(Path.is_file, known)]
     return found
 

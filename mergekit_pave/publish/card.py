@@ -20,6 +20,7 @@ from mergekit.merge_methods import MergeMethod, ParameterScope
 from mergekit_pave.algebra.papers import PAVE
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import ABOUT
+from mergekit_pave.models.folder import make_public
 from mergekit_pave.models.names import is_local, last_part
 from mergekit_pave.models.source import paths_of
 from mergekit_pave.publish import record, scrub
@@ -32,7 +33,7 @@ from mergekit_pave.recipe.parameters import (
     PARAMETERS,
     PURIFICATION,
 )
-from mergekit_pave.recipe.reading import CONFIGURATION
+from mergekit_pave.recipe.reading import CONFIGURATION, UNREADABLE, bounded
 from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.recipe.spelling import is_ours
 from mergekit_pave.storage.files import write_text
@@ -47,7 +48,7 @@ BLOCK = "mergekit-pave"
 def write_card(folder: Path | str) -> str:
     """Complete the card of the merged model in `folder`; return its text.
 
-    Writes README.md and mergekit_config.yml.
+    Writes README.md and mergekit_config.yml, and takes local paths out of the model's settings.
 
     Raises:
         PaveError: no output of mergekit, of a method that is not ours, or without a record.
@@ -75,6 +76,7 @@ def write_card(folder: Path | str) -> str:
     figure = next((name for name in FIGURES if (folder / name).exists()), None)
     card.text = with_block(card.text, BLOCK, section(recipe, facts, figure))
     text = str(card)
+    make_public(folder)
     # The configuration comes last: it tells a second run which paths the card may still hold.
     write_text(folder / CARD, text)
     write_text(folder / CONFIGURATION, clean_source)
@@ -82,22 +84,23 @@ def write_card(folder: Path | str) -> str:
 
 
 def _read(folder: Path, name: str) -> str:
-    try:
-        return (folder / name).read_text("utf-8")
-    except FileNotFoundError:
+    if not (folder / name).is_file():
         raise PaveError(
             f"{folder} has no {name}: it is no output of mergekit-yaml, or was merged with "
             "--no-write-model-card."
-        ) from None
+        )
+    try:
+        return (folder / name).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PaveError(f"{folder / name} cannot be read: {error}.") from error
 
 
 def _parse(folder: Path, source: str) -> Any:
     try:
-        raw = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise PaveError(f"{folder / CONFIGURATION} is not YAML: {error}") from error
+        raw = bounded(yaml.safe_load(source), str(folder / CONFIGURATION))
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise PaveError(f"{folder / CONFIGURATION} is not YAML: {reason}.") from error
     if not isinstance(raw, dict):
         raise PaveError(f"{folder / CONFIGURATION} holds no merge configuration.")
     return raw

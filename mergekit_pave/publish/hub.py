@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.folder import companions, sentence_files
+from mergekit_pave.models.folder import own_code, sentence_files, written
 from mergekit_pave.models.headers import check_finished
 from mergekit_pave.publish import record
 from mergekit_pave.publish.card import FIGURES, write_card
@@ -50,10 +50,9 @@ def merge_files(folder: Path) -> list[str]:
     Raises:
         PaveError: the merge is not finished, or a file of it is a link that leads elsewhere.
     """
-    names = [*check_finished(folder), *companions(folder), *sentence_files(folder)]
-    if "auto_map" not in (folder / "config.json").read_text("utf-8"):
-        names = [name for name in names if not name.endswith(".py")]
-    card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
+    names = [*check_finished(folder), *written(folder), *own_code(folder),
+             *sentence_files(folder)]
+    card = (folder / CARD).read_text("utf-8", "replace") if (folder / CARD).is_file() else ""
     own = (CARD, CONFIGURATION, record.NAME, *(name for name in FIGURES if f"({name})" in card))
     names += [name for name in own if (folder / name).is_file()]
     facts = record.read(folder)
@@ -89,7 +88,8 @@ def push_store(
     store = CovarianceStore(folder)
     card = store.folder / CARD
     text = store_card(store, repo_id)
-    if not card.exists() or _is_unedited(card.read_text("utf-8"), store):
+    _within(store.folder, [CARD, *store.files])
+    if not card.is_file() or _is_unedited(card.read_text("utf-8", "replace"), store):
         write_text(card, text)
     names = _within(store.folder, [CARD, *store.files])
     again = f"mergekit-pave publish {store.folder} {repo_id}"

@@ -44,8 +44,14 @@ def _cell(text: str) -> str:
 def parsed_card(path: Path, text: str) -> ModelCard:
     """A card by its text; raises `PaveError` where the metadata at its head are broken."""
     try:
-        return ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+        card = ModelCard(text)
+        for key in ("tags", "base_model", "datasets"):
+            names = getattr(card.data, key, None) or []
+            if not isinstance(names, str) and not (
+                    isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ValueError(f"{key} is no list of names")
+        return card
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise PaveError(
             f"The metadata at the head of {path} is broken ({reason}); repair the block between "

@@ -27,9 +27,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mergekit.common import ModelReference
+from pydantic import Field
+from typing_extensions import Required, TypedDict
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.layers import MergeState
@@ -37,7 +39,7 @@ from mergekit_pave.models.names import is_local
 from mergekit_pave.models.source import paths_of, public_reference
 from mergekit_pave.recipe.parameters import DATA_FREE, GENERATED
 from mergekit_pave.recipe.recipe import Recipe
-from mergekit_pave.storage.archive import parsed
+from mergekit_pave.storage.archive import Count, parsed
 from mergekit_pave.storage.covariances import CovarianceStore
 from mergekit_pave.storage.files import write_text
 
@@ -45,7 +47,8 @@ NAME = "pave_report.json"
 KIND = "mergekit-pave merge report"
 FORMAT = 1
 _NO_DATA = {"dataset": DATA_FREE, "local": False}
-Ranks = dict[str, tuple[int, int]]
+Ranks = dict[str, tuple[Annotated[int, Field(gt=0)], Count]]
+_FAULTS = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,24 @@ class Statistics:
     skipped: dict[str, int]
 
 
+class Data(TypedDict, total=False):
+    """What of a model's data the card tells; `write` keeps more of it."""
+
+    dataset: Required[str]
+    local: Required[bool]
+    generated: bool
+    config: str | None
+    split: str | None
+    columns: list[str] | None
+    used: Count | None
+    tokens: Count | None
+
+
 @dataclass(frozen=True)
 class OfModel(Parent):
     """What the merge knew of one fine-tune; `ranks` are (full, dropped) by tensor."""
 
-    data: dict[str, Any] | None
+    data: Data | None
     statistics: Statistics | None
     ranks: Ranks | None
 
@@ -116,7 +132,7 @@ def local_names(recipe: Recipe, record: Record) -> set[str]:
         return found
     # Where a store is named, nobody read the keys of the data, so the record does not tell.
     named = {e.get("calibration_dataset") for e in recipe.inputs if not e.get("covariance")}
-    named -= {None, DATA_FREE, GENERATED}
+    named = {name for name in named if isinstance(name, str)} - {DATA_FREE, GENERATED}
     return found | (named - {about["dataset"] for about in data if about and not about["local"]})
 
 
@@ -129,8 +145,8 @@ def files(folder: Path | str) -> list[Path]:
     """What `write` has written to the folder."""
     path = Path(folder) / NAME
     try:
-        ours = json.loads(path.read_text("utf-8"))["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = path.is_file() and json.loads(path.read_text("utf-8"))["kind"] == KIND
+    except _FAULTS:
         return []
     return [path] if ours else []
 
@@ -142,14 +158,16 @@ def read(folder: Path | str) -> Record | None:
         PaveError: the file is damaged or of another version.
     """
     path = Path(folder) / NAME
+    if not path.exists():
+        return None
     try:
+        if not path.is_file():
+            raise ValueError("no file")
         values = json.loads(path.read_text("utf-8"))
         if (values["kind"], values["format"]) != (KIND, FORMAT):
             raise ValueError("another kind or format")
         return parsed(Record, values)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _FAULTS as error:
         raise PaveError(
             f"{path} is damaged or from another version of mergekit-pave; merge again."
         ) from error

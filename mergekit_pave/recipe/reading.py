@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(text: str, name: str = "The configuration") -> Any:
     """Parse one YAML document; raises `PaveError` with the line of what is wrong."""
     try:
-        return yaml.load(text, _Loader)
+        return bounded(yaml.load(text, _Loader), name)
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -71,8 +71,28 @@ def read_yaml(text: str, name: str = "The configuration") -> Any:
                 "of its own."
             ) from fault
         raise PaveError(f"{name} is not valid YAML: {fault.problem}{where}.") from fault
-    except yaml.YAMLError as fault:
+    except UNREADABLE as fault:
         raise PaveError(f"{name} is not valid YAML: {' '.join(str(fault).split())}.") from fault
+
+
+# What the parser raises: for a date that is none, and for brackets in brackets in brackets.
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+_MOST = 10**6
+
+
+def bounded(value: Any, name: str) -> Any:
+    """The value of a YAML document; raises `PaveError` where aliases make it endless.
+
+    A few aliases to lists of aliases stand for more values than any memory holds.
+    """
+    todo, seen = [value], 0
+    while todo:
+        item, seen = todo.pop(), seen + 1
+        if seen > _MOST:
+            raise PaveError(
+                f"{name} stands for more than {_MOST:,} values: write out what its aliases repeat.")
+        todo += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return value
 
 
 CONFIGURATION = "mergekit_config.yml"  # mergekit writes it beside a merged model

@@ -128,7 +128,8 @@ def dtype_of(tensor: Tensor) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of `folder`; raises `ValueError` where it leads out of it.
+    """The path of a file of `folder`; raises `ValueError` where it leads out of it, or to
+    something that is no file.
 
     A link may lead to the blobs of the Hub's cache, if the folder is a snapshot in there.
     """
@@ -138,6 +139,8 @@ def inside(folder: Path, name: str) -> Path:
                        if p.parent.name == "snapshots")]
     if not any(real.is_relative_to(place) for place in allowed):
         raise ValueError(f"{name} leads out of the folder")
+    if path.exists() and not path.is_file():  # to open a pipe is to wait for ever
+        raise ValueError(f"{name} is no file")
     return path
 
 
@@ -167,6 +170,8 @@ def write_tensors(
 
 def read_header(path: Path, kind: Kind) -> dict[str, Any] | None:
     """What `write_tensors` has written about a file; `None` where it is damaged or not of us."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()[_HEADER])
@@ -215,7 +220,7 @@ def owned(folder: Path, kind: Kind) -> list[str]:
     """
     ours = {file.name for file in folder.glob("*.safetensors") if read_header(file, kind)}
     with suppress(*_FAULTS):
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = json.loads(inside(folder, MANIFEST).read_text("utf-8"))
         if manifest["kind"] == kind.name:
             # Earlier formats named a tensor's file there.
             entries = manifest.get("entries", manifest.get("tensors"))

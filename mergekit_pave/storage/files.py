@@ -120,10 +120,12 @@ def _remove_left(parent: Path) -> None:
         with suppress(OSError, NotImplementedError, Timeout, ValueError):
             if folder.is_symlink():
                 continue
-            if not (folder / _MARK).exists():
+            mark, lock = folder / _MARK, folder / _LOCK
+            if not mark.exists():
                 _remove_unmarked(folder)
-            elif (folder / _MARK).read_text("utf-8") == _MARKED:
-                with FileLock(folder / _LOCK).acquire(timeout=0):
+            # A folder from elsewhere may hold links: to lock through one would empty its target.
+            elif mark.is_file() and not lock.is_symlink() and mark.read_text("utf-8") == _MARKED:
+                with FileLock(lock).acquire(timeout=0):
                     _remove(folder)
 
 
@@ -184,6 +186,26 @@ def _move_into(folder: Path, temporary: Path) -> None:
         to_disk(folder)
     finally:
         claim.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in this block for the folder.
+
+    The lock is on the folder itself and ends with its process, so that it leaves nothing behind.
+    Systems that cannot lock a folder (Windows, some network disks) do without.
+    """
+    descriptor = None
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

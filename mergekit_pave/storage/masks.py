@@ -123,14 +123,27 @@ def files(out_path: Path | str) -> list[Path]:
     """The masks beside a model that a merge of ours has written, the manifest first.
 
     Nothing else in a folder of that name, which may be the user's own.
+
+    Raises:
+        PaveError: a link stands there in place of the folder, and leads to masks of a merge.
     """
     folder = Path(out_path) / FOLDER
+    if folder.is_symlink() and owned(folder, KIND):
+        raise PaveError(
+            f"{folder} is a link to the task masks of another merge, which this one would delete: "
+            "remove the link, or merge into another folder."
+        )
     return [folder / name for name in owned(folder, KIND)]
 
 
 def refuse_others(out_path: Path | str) -> None:
     """Raise `PaveError` where masks beside that model would replace files that are not ours."""
     folder = Path(out_path) / FOLDER
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise PaveError(
+            f"The task masks go to {folder}, which is no folder: move it, or merge into another "
+            "folder."
+        )
     called = (*folder.glob(MANIFEST), *folder.glob("masks-*.safetensors"))
     theirs = sorted({file.name for file in called} - {*owned(folder, KIND)})
     if theirs:

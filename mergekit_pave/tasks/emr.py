@@ -30,10 +30,11 @@ from mergekit_pave.models.headers import check_finished
 from mergekit_pave.models.layers import BUILDING, empty_model
 from mergekit_pave.models.loaded import refuse_random
 from mergekit_pave.models.names import is_local, name_of
-from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+from mergekit_pave.models.source import LoaderOptions, model_source, on_hub, read_config
 from mergekit_pave.recipe.reading import CONFIGURATION, configuration, model_reference, read_yaml
+from mergekit_pave.storage.archive import inside
 from mergekit_pave.storage.files import appearing, refuse_used
-from mergekit_pave.storage.masks import Masked, TaskMasks, identity
+from mergekit_pave.storage.masks import KIND, Masked, TaskMasks, identity
 
 
 def load_task_model(
@@ -88,13 +89,20 @@ def _own_settings(
     with TemporaryDirectory() as temporary:
         beside = Path(temporary)
         _write_companions(folder, task, beside)
-        config = transformers.AutoConfig.from_pretrained(
-            beside, trust_remote_code=trust_remote_code)
+        generation = None
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                beside, trust_remote_code=trust_remote_code)
+            if (beside / "generation_config.json").exists():
+                generation = transformers.GenerationConfig.from_pretrained(beside)
+        except Exception as error:  # a value that a class does not take may raise anything
+            raise PaveError(
+                f"The settings of task {task} of {folder} cannot be read "
+                f"({' '.join(str(error).split())[:300]}): merge again."
+            ) from error
         # transformers looks for a repository's code at the path that the config names.
         config._name_or_path = str(folder)
-        if not (beside / "generation_config.json").exists():
-            return config, None
-        return config, transformers.GenerationConfig.from_pretrained(beside)
+        return config, generation
 
 
 def _write_companions(folder: Path, task: str | int, out: Path) -> None:
@@ -104,6 +112,8 @@ def _write_companions(folder: Path, task: str | int, out: Path) -> None:
     for name, content in masks.companions(masks.task(task)).items():
         if not is_companion(name) or (content is None and name not in there):
             raise PaveError(f"{folder} has no {name}, which a task's model needs; merge again.")
+        with KIND.guard(Path(folder)):
+            inside(folder, name)
         (out / name).write_bytes(there[name].read_bytes() if content is None else content)
 
 
@@ -200,7 +210,7 @@ def _folder(merged: Path | str, options: LoaderOptions) -> Path:
 def _base_folder(
     merged: Path, masks: TaskMasks, given: str | None, options: LoaderOptions
 ) -> Path:
-    name = given or masks.base.hub
+    name = given or on_hub(masks.base)
     # Masks name no local path, for they may be published; mergekit's own file does.
     reference = model_reference(name) if name else _configured_base(merged)
     if reference is None:

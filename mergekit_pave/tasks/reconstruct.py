@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.folder import companions
-from mergekit_pave.models.source import LoaderOptions, model_source, read_config
+from mergekit_pave.models.source import LoaderOptions, model_source, on_hub, read_config
 from mergekit_pave.recipe.reading import model_reference
+from mergekit_pave.storage.archive import inside
 from mergekit_pave.storage.files import appearing, refuse_used
 from mergekit_pave.storage.identity import checksum
-from mergekit_pave.storage.low_rank import MODEL, Compressed
+from mergekit_pave.storage.low_rank import KIND, MODEL, Compressed
 
 
 def tensors(task: Compressed, base: Path) -> Iterator[tuple[str, Tensor]]:
@@ -56,7 +57,10 @@ def reconstruct(
     options, out = options or LoaderOptions(), Path(out)
     refuse_used(out)
     compressed = Compressed(Path(task))
-    name = base or compressed.base.hub
+    with KIND.guard(compressed.folder):
+        beside = [inside(compressed.folder, f"{MODEL}/{name}")
+                  for name in companions(compressed.folder / MODEL)]
+    name = base or on_hub(compressed.base)
     if name is None:
         raise PaveError(
             f"{task} was compressed against the local base {compressed.base.id}: name its "
@@ -72,5 +76,5 @@ def reconstruct(
         for key, tensor in progress:
             writer.save_tensor(key, tensor)
         writer.finalize()
-        for name, file in companions(compressed.folder / MODEL).items():
-            shutil.copyfile(file, folder / name)
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
