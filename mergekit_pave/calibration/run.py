@@ -67,6 +67,7 @@ def calibrate_to(
             return samples
 
         samples = workers.from_main(prepare)
+        stamp = source.stamp()
         identities = workers.gather(source.identity())
         if len(set(identities)) > 1:
             raise PaveError(
@@ -74,7 +75,7 @@ def calibrate_to(
                 "give every machine the same copy."
             )
         return calibrate(
-            source, samples, folder, resources, spec.batch_size, identities[0], workers
+            source, samples, folder, resources, spec.batch_size, identities[0], stamp, workers
         )
 
 
@@ -97,10 +98,12 @@ def calibrate(
     resources: Resources,
     batch_size: int,
     identity: str,
+    stamp: tuple[tuple[int, ...], ...],
     workers: Workers = ALONE,
 ) -> CovarianceStore | None:
     """Run the model over the samples and write its covariances, window by window.
 
+    `identity` is that of the model's files while they had this `stamp`, and of no other ones.
     `workers` share the samples; the main one of them writes, and alone returns the store.
     """
     begun = {"model": identity, "data": samples.digest, "format": FORMAT}
@@ -113,6 +116,7 @@ def calibrate(
             offloaded = made.enter_context(scratch(folder))
             model = load_model(source, device=resources.device, max_memory=resources.max_memory,
                                scratch=offloaded)
+            source.refuse_changed(stamp)
             layers = linear_layers(model)
             if not layers.modules:
                 raise PaveError(f"{source.label} has no linear layer that could be purified.")
@@ -120,6 +124,7 @@ def calibrate(
                                   workers, offloaded)
         if writer is None:
             return None
+        source.refuse_changed(stamp)  # some weights may have stayed in their files
         return finish(writer, source, samples, layers, sites, entries, identity)
 
 

@@ -65,14 +65,14 @@ def cached_store(
     tensors. Processes that want the same store wait for one another; an interrupted one is resumed.
     """
     samples = samples_of(source, spec, resources)
-    identity = source.identity()
+    stamp, identity = source.stamp(), source.identity()
     key = hashlib.sha256(f"{FORMAT}|{identity}|{samples.digest}".encode()).hexdigest()[:32]
     folder = cache_folder() / key
     if not (folder / MANIFEST).exists():
         make_folder(folder.parent)
         with locked(folder.parent / f"{key}.lock"):
             if not (folder / MANIFEST).exists():
-                compute(source, samples, folder, resources, spec.batch_size, identity)
+                compute(source, samples, folder, resources, spec.batch_size, identity, stamp)
     store = CovarianceStore(folder)
     # The same rows may have had another name when they were calibrated, perhaps a private one.
     store.manifest["data"] = samples.about

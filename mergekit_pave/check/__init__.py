@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mergekit_pave.calibration.load import Resources
 from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.keys import check_keys
 from mergekit_pave.check.models import Allowances, check_data, check_models
@@ -28,6 +29,7 @@ from mergekit_pave.check.settings import check_settings
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.recipe import Recipe
+from mergekit_pave.storage.decompositions import room
 
 
 def check(
@@ -50,6 +52,7 @@ def _findings(
         lambda: check_planned(read(), options, allowed),
         lambda: check_settings(read(), options),
         lambda: check_data(read(), options),
+        lambda: _environment(read()),
     )
     for stage in stages:
         try:
@@ -59,6 +62,14 @@ def _findings(
         if any(f.level == "error" for f in findings):
             break
     return _joined(findings)
+
+
+def _environment(recipe: Recipe) -> list[Finding]:
+    """Refuse sizes in environment variables that are none, which only calibrated models meet."""
+    if any(entry.calibrated for entry in recipe.inputs):
+        Resources.from_environment()
+        room()
+    return []
 
 
 def _joined(findings: Iterable[Finding]) -> list[Finding]:

@@ -164,7 +164,8 @@ def public(name: str, content: bytes) -> bytes:
         same = new == values
     except (ValueError, RecursionError):  # no settings
         return content
-    return content if same else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+    return content if same else text.encode("utf-8", "backslashreplace")  # as JSON writes it, too
 
 
 def _public(value: Any, key: str = "") -> Any:

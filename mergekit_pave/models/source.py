@@ -214,8 +214,25 @@ class ModelSource:
 
     def stored_bytes(self) -> int:
         """Bytes of the weights' files."""
+        return sum(file.stat().st_size for file in self._weights())
+
+    def _weights(self) -> list[Path]:
         index = ShardedTensorIndex.from_disk(self.path)
-        return sum((Path(self.path) / shard.filename).stat().st_size for shard in index.shards)
+        return [Path(self.path) / shard.filename for shard in index.shards]
+
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        """What changes when a file of the weights is written anew, without reading it."""
+        seen = (file.stat() for file in (*self._weights(), Path(self.path) / "config.json"))
+        # ctime is new for a copy; mtime may have been copied along.
+        return tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in seen)
+
+    def refuse_changed(self, stamp: tuple[tuple[int, ...], ...]) -> None:
+        """Raise `PaveError` where the files are not those that had this `stamp`."""
+        if self.stamp() != stamp:
+            raise PaveError(
+                f"The files of {self.label} were written anew while they were read: wait until "
+                "they are complete, and run it again."
+            )
 
 
 def _settings(value: Any) -> Any:

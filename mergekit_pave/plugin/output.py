@@ -97,7 +97,8 @@ def _refuse_taken(out: Path, path: Path) -> None:
     taken += [f for f in folders if f.is_symlink() or (f.exists() and not f.is_dir())]
     if taken:
         raise PaveError(
-            f"{taken[0]} is in the way of the merge's {path}: move it, or merge into another folder."
+            f"{taken[0]} is in the way of the merge's {path}: move it, or merge into another "
+            "folder."
         )
 
 
@@ -112,7 +113,7 @@ def _earlier(out: Path) -> list[Path]:
 
 
 def _weights(out: Path) -> list[Path]:
-    return [path for path in out.iterdir() if _WEIGHTS.fullmatch(path.name)]
+    return [p for p in out.iterdir() if p.is_file() and _WEIGHTS.fullmatch(p.name)]
 
 
 def refuse_inputs(out_path: Path | str, models: Iterable[ModelReference]) -> None:

@@ -89,8 +89,11 @@ def push_store(
     card = store.folder / CARD
     text = store_card(store, repo_id)
     _within(store.folder, [CARD, *store.files])
-    if not card.is_file() or _is_unedited(card.read_text("utf-8", "replace"), store):
-        write_text(card, text)
+    try:
+        if not card.is_file() or _is_unedited(card.read_text("utf-8"), store):
+            write_text(card, text)
+    except UnicodeDecodeError as error:
+        raise PaveError(f"{card} is not text in UTF-8: save it as such, or remove it.") from error
     names = _within(store.folder, [CARD, *store.files])
     again = f"mergekit-pave publish {store.folder} {repo_id}"
     return _upload(store.folder, names, repo_id, "dataset", private, token, again)

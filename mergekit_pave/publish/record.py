@@ -46,7 +46,6 @@ from mergekit_pave.storage.files import write_text
 NAME = "pave_report.json"
 KIND = "mergekit-pave merge report"
 FORMAT = 1
-_NO_DATA = {"dataset": DATA_FREE, "local": False}
 Ranks = dict[str, tuple[Annotated[int, Field(gt=0)], Count]]
 _FAULTS = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -87,6 +86,9 @@ class Data(TypedDict, total=False):
     columns: list[str] | None
     used: Count | None
     tokens: Count | None
+
+
+_NO_DATA: Data = {"dataset": DATA_FREE, "local": False}
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _names(model: ModelReference) -> tuple[str, tuple[str, ...]]:
 
 def _model(model: ModelReference, state: MergeState) -> OfModel:
     store, ranks = state.used.get(model), state.ranks.get(model)
-    data = _published(store.manifest["data"]) if store else None
+    data: Any = _published(store.manifest["data"]) if store else None
     return OfModel(
         *_names(model), _NO_DATA if model in state.data_free else data,
         _statistics(store) if store else None, dict(sorted(ranks.items())) if ranks else None)

@@ -20,8 +20,8 @@ def parse_bytes(name: str, text: str | None) -> int | None:
     if not text or not text.strip():
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if not found:
-        raise PaveError(f"{name} must be a size such as 8GiB or 500MB; got {text!r}.")
+    if not found or len(found[1]) > 20:  # no disk is that large, and a float may not be
+        raise PaveError(f"{name} must be a size such as 8GiB or 500MB; got {text[:40]!r}.")
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 

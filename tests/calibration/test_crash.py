@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  so that children need not
 from helpers import add_window, source_of, spec_of
 
-from mergekit_pave.calibration import stores
+from mergekit_pave.calibration import run, stores
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.calibration.stores import cached_store
 from mergekit_pave.errors import PaveError
@@ -22,6 +23,27 @@ from mergekit_pave.storage.covariances import MANIFEST, CovarianceStore, StoreWr
 from mergekit_pave.storage.files import write_atomically
 
 ONE_SITE = Resources(statistics_memory=1)  # many windows: many moments to die at
+
+
+@pytest.mark.parametrize("when", ["load_model", "_collect"])
+def test_a_model_that_is_replaced_meanwhile_gives_no_store(families, texts, tmp_path, monkeypatch,
+                                                           when):
+    """Its covariances would be kept under the name of the other weights, for good."""
+    model = shutil.copytree(families("llama")["expert0"], tmp_path / "model")
+    real = getattr(run, when)
+
+    def replaced(*args, **kwargs):
+        shutil.copy(families("llama")["expert1"] / "model.safetensors", model)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(run, when, replaced)
+    with pytest.raises(PaveError, match="were written anew while they were read"):
+        cached_store(source_of(model), spec_of(texts[0]), Resources())
+    assert not list(tmp_path.glob("cache/*/manifest.json"))
+    monkeypatch.undo()
+    monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "cache"))
+    cached_store(source_of(model), spec_of(texts[0]), Resources()).verify(
+        source_of(model).tensors(), "model")
 
 
 def _context():

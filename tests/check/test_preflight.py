@@ -24,6 +24,13 @@ def test_preflight_reads_the_source_for_keys_that_mergekit_drops(good):
         preflight(Recipe.as_written(config, source), OPTIONS)
 
 
+@pytest.mark.parametrize("name", ["MAX_MEMORY", "STATISTICS_MEMORY", "DECOMPOSITIONS"])
+def test_sizes_in_the_environment_that_are_none(good, monkeypatch, name):
+    monkeypatch.setenv(f"MERGEKIT_PAVE_{name}", "lots")
+    with pytest.raises(PaveError, match=f"MERGEKIT_PAVE_{name}"):
+        preflight(Recipe.of(good), OPTIONS)
+
+
 @pytest.mark.parametrize("source", [None, "", "a label", "merge_method: pave_ties\nmodels: []"])
 def test_preflight_without_the_true_source(good, source):
     config = MergeConfiguration.model_validate(good)

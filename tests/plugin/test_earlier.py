@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import threading
+import time
 
+import mergekit.merge
 import pytest
 import torch
 import transformers
 import yaml
 from helpers import emr_config, make_family, merge, tensors_of
+from mergekit.config import MergeConfiguration
 from mergekit.io.tensor_writer import TensorWriter
+from mergekit.options import MergeOptions
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.headers import check_finished
+from mergekit_pave.plugin import output
 from mergekit_pave.storage.masks import TaskMasks
 from mergekit_pave.tasks.emr import task_tensors
 
@@ -135,6 +142,82 @@ def test_a_folder_that_is_no_merge_keeps_its_files(paths, tmp_path):
     merge(emr_config(paths, "tsv_m"), out, **CARD)
     merge(emr_config(paths, "task_arithmetic", **WEIGHT), out, **CARD)
     assert all((out / name).read_text() == "mine" for name in mine)
+
+
+MINE = ("train.py", "lid.model", "notes.jinja", "rows_tokenizer.json", "rows.jsonl", "x.tmp",
+        "model-2.bin", "model-1-of-2.safetensors", "adapter_config.json", ".offload-1/x",
+        "covariance-00000.safetensors.part", "1_Pooling/rows.jsonl", "emr/notes.txt")
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "task_arithmetic", "emr"])
+def test_files_that_look_like_a_merges_own_stay(paths, tmp_path, method):
+    out = tmp_path / "out"
+    merge(emr_config(paths), out, **CARD)
+    for name in MINE:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    config = emr_config(paths, method, **(WEIGHT if method == "task_arithmetic" else {}))
+    mergekit.merge.run_merge(
+        MergeConfiguration.model_validate(config), str(out), MergeOptions(**CARD, quiet=True))
+    assert all((out / name).read_text() == "mine" for name in MINE)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "task_arithmetic", "emr"])
+def test_masks_of_another_merge_behind_a_link_stay(paths, tmp_path, method):
+    merge(emr_config(paths), tmp_path / "other", **CARD)
+    before = sorted((tmp_path / "other" / "emr").iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "emr").symlink_to(tmp_path / "other" / "emr")
+    config = emr_config(paths, method, **(WEIGHT if method == "task_arithmetic" else {}))
+    with pytest.raises(PaveError, match="is a link to the task masks|which is no folder"):
+        merge(config, tmp_path / "out", **CARD)
+    assert sorted((tmp_path / "other" / "emr").iterdir()) == before and TaskMasks(
+        tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "emr"])
+def test_what_is_in_the_way_is_named_before_anything_is_removed(paths, tmp_path, name):
+    out = tmp_path / "out"
+    merge(emr_config(paths, "tsv_m"), out, **CARD)
+    if name == "emr":
+        (out / name).write_text("mine")
+    else:
+        (out / name).unlink()
+        (out / name).mkdir()
+    before = sorted(out.rglob("*"))
+    with pytest.raises(PaveError, match=f"{name} is in the way|emr, which is no folder"):
+        merge(emr_config(paths), out, **CARD)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_two_merges_into_one_folder_are_not_mixed(paths, tmp_path, monkeypatch):
+    """Both end at the same time; files of one do not replace some of the other's."""
+    out, meet = tmp_path / "out", threading.Barrier(2)
+    configs = [emr_config(paths, "tsv_m", parameters={"lambda": x}) for x in (1.0, 9.0)]
+    wholes = [merge(config, tmp_path / str(i), **CARD, out_shard_size=20_000)
+              for i, config in enumerate(configs)]
+    alone, replace = output.alone_in, os.replace
+
+    def together(folder):
+        meet.wait(60)
+        return alone(folder)
+
+    def slowly(*names):
+        time.sleep(0.02)
+        replace(*names)
+
+    monkeypatch.setattr(output, "alone_in", together)
+    monkeypatch.setattr(output.os, "replace", slowly)
+    threads = [threading.Thread(target=merge, args=(config, out),
+                                kwargs={**CARD, "out_shard_size": 20_000}) for config in configs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = tensors_of(out)
+    assert any(all(torch.equal(found[name], whole[name]) for name in whole) for whole in wholes)
+    check_finished(out)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "masks-00000.safetensors"])

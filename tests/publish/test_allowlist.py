@@ -20,7 +20,9 @@ from mergekit_pave.storage.masks import FOLDER, Recorder
 
 STRAY = ("rows.jsonl", "train.log", "optimizer.pt", "train.py", "model-00009-of-00009.safetensors",
          ".hidden", "notes.md", ".mergekit-pave-abc/content/x.safetensors", "emr/notes.txt",
-         "adapter_model.safetensors", "checkpoint-1/model.safetensors", "figures/mine.png")
+         "adapter_model.safetensors", "checkpoint-1/model.safetensors", "figures/mine.png",
+         # Called much like files of a tokenizer.
+         "lid.model", "notes.jinja", "x.tiktoken", "rows_tokenizer.json", "my_processor.json")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,8 +68,11 @@ def test_the_list_is_printed_before_anything_is_sent(hub, out, monkeypatch):
 def test_code_of_a_model_goes_along(hub, out):
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "own.My"}}))
-    (out / "own.py").write_text("")
-    assert "own.py" in merge_files(out)
+    (out / "own.py").write_text("from .other import x\nVOCABULARY = 'own.tiktoken'\n")
+    for name in ("other.py", "train.py", "own.tiktoken", "lid.model"):
+        (out / name).write_text("")
+    code = {n for n in merge_files(out) if n.endswith((".py", ".tiktoken", ".model"))}
+    assert code == {"own.py", "other.py", "own.tiktoken"}
 
 
 def test_masks_go_along_by_their_manifest(hub, out):
@@ -167,6 +172,14 @@ def test_only_the_store_is_uploaded(hub, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "covariance-00000.safetensors (" in told.split("Not uploaded")[0]
     assert "covariance-00007.safetensors" in told.split("Not uploaded")[1]
+
+
+def test_a_card_that_is_no_text_is_refused(hub, tmp_path):
+    store = make_store(tmp_path / "store")
+    (store.folder / "README.md").write_bytes(b"\xff")
+    with pytest.raises(PaveError, match="README.md is not text in UTF-8"):
+        push_store(store.folder, "me/statistics")
+    assert not hub.created
 
 
 def test_a_store_with_links_is_refused(hub, tmp_path):

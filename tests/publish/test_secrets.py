@@ -47,6 +47,24 @@ def test_no_password_in_card_configuration_or_record(tmp_path):
     assert "hunter" not in store_card(make_store(tmp_path / "s", dataset=name_of(url)))
 
 
+def test_no_path_in_settings(tmp_path):
+    """Tokenizers keep the folder that they were loaded from, and mergekit copies that."""
+    out = make_output(tmp_path / "out", HUB)
+    path = str(tmp_path / "private" / "base")
+    told = {"config.json": {"_name_or_path": path, "text_config": {"_name_or_path": path}},
+            "tokenizer_config.json": {"name_or_path": path, "vocab_file": f"{path}/vocab.txt"},
+            "generation_config.json": {"_name_or_path": path}}
+    for name, values in told.items():
+        (out / name).write_text(json.dumps({"kept": ["/a", 1], **values}))
+    (out / "preprocessor_config.json").write_text("no JSON")
+    write_card(out)
+    for name in told:
+        text = (out / name).read_text("utf-8")
+        assert str(tmp_path) not in text and json.loads(text)["kept"] == ["/a", 1]
+    assert json.loads((out / "tokenizer_config.json").read_text())["vocab_file"] == "vocab.txt"
+    assert (out / "preprocessor_config.json").read_text() == "no JSON"
+
+
 @pytest.mark.parametrize("writes", range(2))
 def test_a_card_that_was_cut_short_is_completed_by_the_next_run(tmp_path, monkeypatch, writes):
     """Killed before either of its two files: none with a path is left after another run."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ABOUT, add_window, cached_repository
 from helpers.archives import FORMATS, WEIGHT, make_masks, make_store, read_store
+from helpers.damage import ANYTHING, changed, places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -57,33 +58,6 @@ def opened_outside(folder: Path, monkeypatch) -> list[Path]:
 
 
 # --- damage --------------------------------------------------------------------------------
-
-# In the place of any value of a manifest.
-ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-    st.sampled_from([
-        "../outside/covariance-00000.safetensors", "/etc/passwd", "..", ".", "", "a\0b", "C:\\x",
-        "covariance-00000.safetensors", "float99", "load", "quint8", "int8", "bfloat16", -1, 2**70,
-        1e400, [], {}, [[]], [-1], [2**40, 2**40], {"": {}}, "self", "\ud800"]),
-    st.lists(st.integers(-2, 9), max_size=3),
-)
-
-
-def places(value, path=()):
-    """Every place of a JSON value."""
-    yield path
-    for key, item in value.items() if isinstance(value, dict) else (
-            enumerate(value) if isinstance(value, list) else ()):
-        yield from places(item, (*path, key))
-
-
-def changed(value, path, new):
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = changed(value[path[0]], path[1:], new)
-    return copy
-
 
 def removed(value, path):
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -243,6 +217,19 @@ def test_links_out_of_the_folder_are_not_read(tmp_path):
     manifest.symlink_to(tmp_path / MANIFEST)
     with pytest.raises(PaveError, match="leads out of the folder"):
         CovarianceStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pipes_are_not_waited_for(tmp_path, name):
+    make, read = FORMATS[name]
+    for file in sorted(f.relative_to(tmp_path / "0") for f in make(tmp_path / "0").rglob("*.*")):
+        folder = shutil.copytree(tmp_path / "0", tmp_path / "1")
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        with pytest.raises(PaveError, match="is no file|no model/config.json"):
+            read(folder)
+        assert MANIFEST in file.name or file.name not in owned(folder, STORE)
+        shutil.rmtree(folder)
 
 
 def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path):

@@ -55,6 +55,19 @@ def test_process_ids_say_nothing(tmp_path, holder, monkeypatch):
     assert (holder.folder / "half").exists() and (tmp_path / "model" / "config.json").exists()
 
 
+def test_a_link_in_a_folder_from_elsewhere_is_not_locked_through(tmp_path):
+    theirs = tmp_path / "out" / ".mergekit-pave-x"
+    theirs.mkdir(parents=True)
+    (theirs / "mark.json").write_text('{"kind": "mergekit-pave scratch"}')
+    (tmp_path / "mine").write_text("mine")
+    (theirs / "lock").symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "out" / "x", "x")
+    assert (tmp_path / "mine").read_text() == "mine" and theirs.exists()
+    (theirs / "mark.json").unlink()
+    os.mkfifo(theirs / "mark.json")  # nor is a pipe waited for
+    write_text(tmp_path / "out" / "x", "x")
+
+
 @pytest.mark.parametrize("name", [".x.1234.tmp", ".model.77.tmp", ".offload-0", ".mergekit-pave-x",
                                   ".mergekit-pave-abcdefgh"])
 def test_files_of_others_stay_whatever_they_are_called(tmp_path, name):

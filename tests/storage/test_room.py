@@ -84,7 +84,7 @@ def test_room(monkeypatch, text, size):
     assert room() == size
 
 
-@pytest.mark.parametrize("text", ["much", "-1", "4 apples", "GiB", "1e9"])
+@pytest.mark.parametrize("text", ["much", "-1", "4 apples", "GiB", "1e9", "9" * 400])
 def test_no_room(monkeypatch, text):
     monkeypatch.setenv(ROOM, text)
     with pytest.raises(PaveError, match="must be a size such as 8GiB"):

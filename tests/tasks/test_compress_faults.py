@@ -234,3 +234,13 @@ def test_damage_is_named(families, tmp_path, damage):
     with pytest.raises(PaveError, match=words):
         reconstruct(task, tmp_path / "m", base=str(paths["base"]))
     assert not (tmp_path / "m").exists()
+
+
+def test_links_of_a_stranger_are_not_copied(families, tmp_path):
+    compress(raw(families("llama")), tmp_path / "c")
+    tokenizer = tmp_path / "c" / "expert0" / "model" / "tokenizer.json"
+    tokenizer.rename(tmp_path / "secret")
+    tokenizer.symlink_to(tmp_path / "secret")
+    with pytest.raises(PaveError, match="tokenizer.json leads out of the folder"):
+        reconstruct(tmp_path / "c" / "expert0", tmp_path / "m", base=str(families("llama")["base"]))
+    assert not (tmp_path / "m").exists()

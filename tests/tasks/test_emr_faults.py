@@ -146,6 +146,37 @@ def test_models_of_one_name_go_by_number(emr_copy):
     refused("Several tasks are called 'x'", masks.task, "x")
 
 
+def test_settings_of_a_stranger(emr_trio, emr_copy, tmp_path):
+    """A base on this machine, and a link to a file of it."""
+    base = {"base": str(emr_trio("llama")["base"])}
+    manifest = json.loads((emr_copy / MANIFEST).read_text())
+    here = {**manifest, "base": {"id": "x", "hub": str(tmp_path / "model")}}
+    (emr_copy / MANIFEST).write_text(json.dumps(here))
+    (emr_copy / "mergekit_config.yml").rename(tmp_path / "mergekit_config.yml")
+    refused("name its folder with --base", materialize, emr_copy, 0, tmp_path / "out")
+    (emr_copy / MANIFEST).write_text(json.dumps(manifest))
+    (emr_copy / "tokenizer.json").rename(tmp_path / "secret")
+    (emr_copy / "tokenizer.json").symlink_to(tmp_path / "secret")
+    words = "tokenizer.json leads out of the folder"
+    refused(words, materialize, emr_copy, 0, tmp_path / "out", **base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": ["x"]}, {"eos_token_id": {}}])
+def test_settings_that_no_class_takes(emr_trio, emr_copy, change, monkeypatch):
+    own = emr_models._write_companions
+
+    def damaged(folder, task, out):
+        own(folder, task, out)
+        for name in ("config.json", "generation_config.json"):
+            values = json.loads((out / name).read_text())
+            (out / name).write_text(json.dumps({**values, **change}))
+
+    monkeypatch.setattr(emr_models, "_write_companions", damaged)
+    refused("The settings of task 0 of", load_task_model, emr_copy, 0,
+            base=str(emr_trio("llama")["base"]))
+
+
 def test_another_base_is_refused(emr_trio, emr_merged, emr_copy, tmp_path):
     paths = emr_trio("llama")
     refused("is not the base of this merge, base (first difference: ", task_tensors, emr_merged, 0,
