@@ -37,6 +37,12 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether it holds no NaN or Inf, by its least and largest value: a tenth of the time of a look
+    at every one."""
+    return not tensor.numel() or all(end.isfinite() for end in torch.aminmax(tensor))
+
+
 def rounding(weight: Tensor) -> float:
     """The largest singular value that the rounding of a matrix (m, n) to float32 may have.
 
@@ -52,7 +58,7 @@ def lower_gram(x: Tensor, blocks: int = 8) -> Tensor:
     """(n, n) `x^T x` of `x` (m, n), for little more than half of the work: what lies above the
     diagonal is undefined."""
     width = x.shape[1]
-    product, step = x.new_zeros(width, width), max(128, -(-width // blocks))
+    product, step = x.new_empty(width, width), max(128, -(-width // blocks))
     for i in range(0, width, step):
         torch.mm(x[:, i : i + step].mT, x[:, : i + step], out=product[i : i + step, : i + step])
     return product

@@ -8,7 +8,6 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from mergekit.merge_methods import (
     GroupMergeMethod,
     ParameterScope,
@@ -20,6 +19,7 @@ from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 from typing_extensions import Self
 
+from mergekit_pave.algebra import numeric
 from mergekit_pave.algebra.papers import EMR, REGMEAN, TSV, Paper
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.layers import Layer, MergeState
@@ -108,7 +108,7 @@ class CovarianceMethod(StatefulMethod):
 
 def check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
     """Raise `PaveError` where a weight of `model` holds NaN or Inf."""
-    if not torch.isfinite(tensor).all():
+    if not numeric.finite(tensor):
         raise PaveError(
             f"{name} of {model} holds NaN or Inf; download or save that checkpoint again."
         )
@@ -116,7 +116,7 @@ def check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
 
 def finite(merged: Tensor, group: TensorGroup) -> Tensor:
     """`merged`; raises `PaveError` where it holds NaN or Inf, naming the model that brought it."""
-    if torch.isfinite(merged).all():
+    if numeric.finite(merged):
         return merged
     for entry in group.entries:
         check_finite(entry.tensor, entry.id, group.metadata.name)

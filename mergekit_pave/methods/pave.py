@@ -20,7 +20,7 @@ from mergekit.merge_methods import (
 from torch import Tensor
 from typing_extensions import Self
 
-from mergekit_pave.algebra import allocation, subspace
+from mergekit_pave.algebra import allocation, numeric, subspace
 from mergekit_pave.algebra.numeric import double, summed, wide
 from mergekit_pave.algebra.papers import PAVE
 from mergekit_pave.algebra.separation import separate
@@ -98,7 +98,7 @@ class PaveMerge(StatefulMethod):
         if purified is group:
             return finite(merged, group)
         merged = merged.to(group.entries[0].tensor.dtype)
-        if not torch.isfinite(merged).all():
+        if not numeric.finite(merged):
             raise PaveError(
                 f"The merge of {name} holds NaN or Inf; lower the weights, or "
                 "set rank_ratio: 1.0 for this tensor with a filter."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_pave.algebra.numeric import BLOCK, cholesky, solved
+from mergekit_pave.algebra.numeric import BLOCK, cholesky, finite, solved
 
 
 def moment(width: int, rows: int) -> torch.Tensor:
@@ -35,3 +35,14 @@ def test_one_that_has_not_full_rank_is_damped_by_the_least_that_serves(width):
 def test_what_is_no_second_moment_is_refused(bad):
     with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
         cholesky(bad.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_entry_that_is_no_number_is_seen(dtype):
+    largest = torch.finfo(dtype).max
+    assert finite(torch.tensor([[largest, -largest], [0.0, largest]], dtype=dtype))
+    assert finite(torch.zeros(0, 3, dtype=dtype))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        tensor = torch.zeros(70, 70, dtype=dtype)
+        tensor[61, 3] = bad
+        assert not finite(tensor)
