@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from mergekit import merge_methods
+from safetensors import SafetensorError
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.source import LoaderOptions
@@ -33,20 +35,38 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
     level = warned.level
     warned.setLevel(logging.ERROR)
     try:
-        mergekit.merge.run_merge(
-            configuration(raw), str(folder),
-            options=MergeOptions(
-                transformers_cache=options.cache_dir, lora_merge_cache=options.lora_merge_cache,
-                lora_merge_dtype=options.lora_merge_dtype, device=device,
-                trust_remote_code=options.trust_remote_code, random_seed=SEED, quiet=True,
-                write_model_card=False),
-            config_source=yaml.safe_dump(dict(raw), sort_keys=False))
-    except OSError as error:
+        with writing(folder):
+            mergekit.merge.run_merge(
+                configuration(raw), str(folder),
+                options=MergeOptions(
+                    transformers_cache=options.cache_dir, lora_merge_cache=options.lora_merge_cache,
+                    lora_merge_dtype=options.lora_merge_dtype, device=device,
+                    trust_remote_code=options.trust_remote_code, random_seed=SEED, quiet=True,
+                    write_model_card=False),
+                config_source=yaml.safe_dump(dict(raw), sort_keys=False))
+    except RuntimeError as error:
+        if "--allow-crimes" not in str(error):
+            raise
         raise PaveError(
-            f"The merge cannot be written to {folder.parent} ({error.strerror or error}); what is "
-            "scored is kept, run it again once there is room.") from error
+            "The models are of different architectures, which mergekit merges with --allow-crimes "
+            "alone; merge them so, and evaluate the output.") from error
     finally:
         warned.setLevel(level)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk, on which a candidate cannot be written to `folder`, into a `PaveError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # Of a broken shard that is read it says something else.
+        if isinstance(error, SafetensorError) and "serializing" not in str(error):
+            raise
+        raise PaveError(
+            f"The merge cannot be written to {folder.parent} "
+            f"({getattr(error, 'strerror', None) or error}); what is scored is kept, run it again "
+            "once there is room.") from error
 
 
 def _known(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mergekit_pave.evaluation.verdict import OfTask, as_dict, sentence, verdicts
 from mergekit_pave.evaluation.writing import written
 from mergekit_pave.models.headers import check_finished
 from mergekit_pave.models.source import LoaderOptions, ModelSource
-from mergekit_pave.recipe.recipe import Recipe
+from mergekit_pave.recipe.recipe import CONFIGURATION, Recipe
 from mergekit_pave.storage.files import make_folder, scratch
 from mergekit_pave.storage.masks import FOLDER
 
@@ -97,17 +97,19 @@ def evaluate(
         PaveError: no merge, an unfinished one, or merges of different models.
     """
     paths = [Path(path) for path in merges]
-    targets = [_target(path) for path in paths]
+    named = read_recipe(Path(config)) if config else None
+    targets = [_target(path, named) for path in paths]
     targets = [replace(target, name=_name(i, targets)) for i, target in enumerate(targets)]
-    first = read_recipe(Path(config)) if config else targets[0].recipe
+    first = named or targets[0].recipe
     for path, target in zip(paths, targets, strict=True):
         same_merge(first, target.recipe, path)
     bench = bench_of(first, rows, options, resources, quiet)
     return [_result(bench, target, options, length) for target in targets]
 
 
-def _target(path: Path) -> Target:
-    recipe = read_recipe(path)
+def _target(path: Path, named: Recipe | None) -> Target:
+    bare = path.is_dir() and not (path / CONFIGURATION).is_file()
+    recipe = named if named and bare else read_recipe(path)
     if not path.is_dir():
         return Target(path.stem, recipe, None)
     check_finished(path)
@@ -130,6 +132,12 @@ def _name(i: int, targets: Sequence[Target]) -> str:
 def _result(bench: Bench, target: Target, options: LoaderOptions, length: int) -> Result:
     if target.folder is not None:
         source = _source(bench, target.folder, target.name)
+        kind, kinds = source.config().model_type, [t.source.config().model_type
+                                                   for t in bench.tasks]
+        if kind not in kinds:
+            raise PaveError(
+                f"{target.folder} is a model of type {kind} and {bench.tasks[0].label} of type "
+                f"{kinds[0]}; evaluate it with its own configuration.")
         return _made(bench, target, bench.of(source), list(written(bench, source, length)))
     about = [length, FORMAT, target.recipe.raw, [task.rows.digest for task in bench.asked],
              [bench.identity(task.source) for task in bench.asked]]

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.bench import Bench
 from mergekit_pave.evaluation.intervals import Interval
 from mergekit_pave.evaluation.kept import FORMAT, address, arrays, plain, read_kept, write_kept
-from mergekit_pave.evaluation.merging import SEED, merge_to
+from mergekit_pave.evaluation.merging import SEED, merge_to, writing
 from mergekit_pave.evaluation.objective import Objective
 from mergekit_pave.evaluation.scores import Scores
 from mergekit_pave.evaluation.search import line
@@ -211,12 +210,8 @@ class Tuner:
         else:
             folder = self.folder / "strength"
             shutil.rmtree(folder, ignore_errors=True)
-            try:
+            with writing(folder):
                 at_strength(merges[0], merges[1], values["lambda"], folder)
-            except OSError as error:
-                raise PaveError(
-                    f"A candidate cannot be written to {self.folder} ({error.strerror or error}); "
-                    "what is scored is kept, run it again once there is room.") from error
         trust = self.bench.tasks[0].source.trust_remote_code
         source = ModelSource(str(folder), "candidate", str(folder), trust_remote_code=trust)
         try:

@@ -21,6 +21,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.evaluation.bench import Bench
 from mergekit_pave.evaluation.held_out import given, held_out
 from mergekit_pave.evaluation.intervals import interval
+from mergekit_pave.evaluation.run import evaluate
 from mergekit_pave.evaluation.scores import TOP, kind_of, reference, score
 from mergekit_pave.evaluation.setup import RowOptions, bench_of
 from mergekit_pave.evaluation.verdict import sentence, verdicts
@@ -180,6 +181,18 @@ def test_the_command_says_it_in_words_and_in_the_card(families, texts, tmp_path)
     index = yaml.safe_load(card.split("---")[1])["model-index"]
     assert index[0]["results"][0]["metrics"][0]["value"] > 0
     assert str(tmp_path) not in card.split("## Evaluation")[1]
+
+
+def test_an_output_without_a_configuration_takes_the_named_one(families, texts, tmp_path):
+    config, out = tmp_path / "merge.yml", tmp_path / "merged"
+    config.write_text(yaml.safe_dump(recipe(families("bert"), texts)))
+    shutil.copytree(families("bert")["expert0"], out)
+    _fails([out, "--rows", "8"], "has no mergekit_config.yml")
+    found = evaluate([out], config, rows=RowOptions(rows=8), quiet=True)
+    assert found[0].of_tasks[0].kept.value == pytest.approx(1)
+    config.write_text(yaml.safe_dump(recipe(families("llama"), texts)))
+    _fails([out, "--config", config, "--rows", "8"],
+           "is a model of type bert and expert0 of type llama; evaluate it with its own")
 
 
 def _fails(arguments: list, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 from collections import namedtuple
@@ -11,6 +12,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 from helpers import recipe
+from mergekit.io.tensor_writer import TensorWriter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mergekit_pave.cli import main
@@ -216,6 +219,46 @@ def test_bad_input_is_one_sentence(families, texts, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(1000))
     refused("0.0 GB free")
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["python", "safetensors"])
+@pytest.mark.parametrize("after", [0, 2], ids=["merge", "strength"])
+def test_a_disk_that_fills_up_loses_nothing(
+    families, texts, tmp_path, monkeypatch, error, after
+):
+    raw, told, real = _plain(families("bert"), texts), [], TensorWriter.finalize
+    written = []
+
+    def full(writer):
+        written.append(writer)
+        if len(written) > after:
+            raise error
+        return real(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorWriter, "finalize", full)
+        with pytest.raises(PaveError, match="cannot be written to .* what is scored is kept"):
+            _tune(raw, tmp_path / "tuned.yml", Budget(merges=3), say=told.append)
+    assert list(tmp_path.glob("*tuned*")) == list(tmp_path.glob(".mergekit-pave-*")) == []
+    scored = len(told) - 1
+    told.clear()
+    _tune(raw, tmp_path / "tuned.yml", Budget(merges=3), say=told.append)
+    assert sum("(known)" in line for line in told) == scored == after // 2
+
+
+def test_models_of_different_architectures_are_refused(families, texts, tmp_path):
+    raw = _plain({**families("llama"), "expert1": families("bert")["expert1"]}, texts)
+    with pytest.raises(PaveError, match="different architectures, .* evaluate the output"):
+        _tune(raw, tmp_path / "tuned.yml", Budget(merges=3))
+
+
+def test_minutes_that_are_too_few_are_refused(families, texts, tmp_path):
+    with pytest.raises(PaveError, match="spent before a single merge was scored; raise --budget"):
+        _tune(_plain(families("bert"), texts), tmp_path / "tuned.yml", Budget(seconds=0.0))
 
 
 @pytest.mark.parametrize("text", ["0", "x", "1.5", "-3", "10 hours"])
