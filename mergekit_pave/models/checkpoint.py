@@ -18,6 +18,8 @@ from mergekit_pave.models.source import LoaderOptions, model_source
 
 # As safetensors and torch call their dtypes.
 _INTEGER = re.compile(r"[IU]\d|u?int|bool", re.IGNORECASE)
+_SMALL = re.compile(r"F[48]|float[48]", re.IGNORECASE)
+_PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|SCB|absmax|quant_state\S*)$")
 logger = logging.getLogger(__name__)
 
 
@@ -102,8 +104,10 @@ def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
     for name, header in item.headers.items():
         own = item.own.one(name) or ""
         there = item.own.shape(own)
-        if _INTEGER.match(header.dtype) and item.own.is_floating(own):
-            return (f"{name} of {item.label} holds integers ({header.dtype}), as quantised weights "
+        small = _SMALL.match(header.dtype)
+        if (small or _INTEGER.match(header.dtype)) and item.own.is_floating(own):
+            what = "numbers that need a scale" if small else "integers"
+            return (f"{name} of {item.label} holds {what} ({header.dtype}), as quantised weights "
                     "do: name the full-precision checkpoint."), None
         if there not in (None, header.shape):
             return (f"{name} of {item.label} is {header.shape}, and by its config {there}: correct "
@@ -131,6 +135,8 @@ def incomplete(item: Checkpoint) -> tuple[str | None, str | None]:
 
 def _renaming(unknown: Sequence[str], names: Collection[str], own: ClassNames) -> str:
     """How a user can mend names that the class does not know."""
+    if any(map(_PACKED.search, unknown)):
+        return "those are quantised weights, name the full-precision checkpoint"
     prefix = unknown[0].split(".")[0] + "."
     if all(name.startswith(prefix) for name in names):
         stripped = [name.removeprefix(prefix) for name in names]

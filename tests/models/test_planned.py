@@ -125,6 +125,13 @@ FILES = {
     "integers": (lambda p: rewrite(p, lambda s: {
         **s, "model.norm.weight": s["model.norm.weight"].to(torch.int8)}),
         "model.norm.weight of .* holds integers"),
+    "scaled": (lambda p: rewrite(p, lambda s: {
+        **s, "model.norm.weight": s["model.norm.weight"].to(torch.float8_e4m3fn),
+        "model.norm.weight_scale_inv": torch.ones(1)}),
+        r"model.norm.weight of .* holds numbers that need a scale \(F8_E4M3\)"),
+    "packed": (lambda p: rewrite(p, lambda s: {
+        **without(s, "model.norm.weight"), "model.norm.qweight": torch.ones(4, dtype=torch.int32)}),
+        "model.norm.qweight, which .* those are quantised weights"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no weights"),
     "prefix": (lambda p: rewrite(p, lambda s: {f"module.{k}": v for k, v in s.items()}),
                "take the prefix `module.` off"),
