@@ -22,7 +22,7 @@ from typing import Any
 from mergekit_pave.calibration.load import Resources
 from mergekit_pave.check.finding import Finding
 from mergekit_pave.check.keys import check_keys
-from mergekit_pave.check.models import Allowances, check_data, check_models
+from mergekit_pave.check.models import Allowances, check_data, check_models, check_tokenizer
 from mergekit_pave.check.planned import check_planned
 from mergekit_pave.check.rules import check_inputs, check_output
 from mergekit_pave.check.settings import check_settings
@@ -49,6 +49,7 @@ def _findings(
         lambda: check_inputs(read(), options),
         lambda: check_output(read().config),
         lambda: check_models(read(), options, allowed),
+        lambda: check_tokenizer(read(), options),
         lambda: check_planned(read(), options, allowed),
         lambda: check_settings(read(), options),
         lambda: check_data(read(), options),

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import arch_info_for_config
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import PretrainedConfig
 
 from mergekit_pave.calibration.limits import refuse_unless_causal
 from mergekit_pave.calibration.rows import open_rows
-from mergekit_pave.calibration.samples import refuse_unusable
+from mergekit_pave.calibration.samples import load_tokenizer, refuse_unusable
 from mergekit_pave.calibration.stores import fetch_store
 from mergekit_pave.check.finding import Finding, error
 from mergekit_pave.errors import PaveError
@@ -144,6 +145,32 @@ def _check_adapter(entry: Input) -> None:
         )
 
 
+def check_tokenizer(recipe: Recipe, options: LoaderOptions) -> Iterator[Finding]:
+    """Whether mergekit can align the vocabularies, where the configuration asks for it.
+
+    mergekit takes a fine-tune whose tokenizer does not load to have the base's.
+    """
+    config = recipe.config
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    if source is None:
+        return
+    where = "tokenizer" if config.tokenizer else "tokenizer_source"
+    merged = [recipe.base, *sorted(config.referenced_models(), key=str)]
+    named = [source] if isinstance(source, ModelReference) else []
+    for part in dict.fromkeys(model.model for model in [*merged, *named]):
+        try:
+            load_tokenizer(part.path, _loading(part, options))
+        except PaveError as fault:
+            yield error(where, str(fault))
+    for token, setting in ((config.tokenizer and config.tokenizer.tokens) or {}).items():
+        of = setting.source
+        of = of.model if isinstance(of, ModelTokenEmbedding) else of
+        if isinstance(of, ModelReference) and of not in merged:
+            yield error(
+                f"tokenizer.tokens.{token}", f"{of} is none of the merged models, whose embedding "
+                "the token could have; name one of them.")
+
+
 def check_data(recipe: Recipe, options: LoaderOptions) -> Iterator[Finding]:
     """Whether every model's calibration data or store can be opened and fits."""
     for entry in recipe.inputs:
@@ -169,15 +196,19 @@ def _check_rows(entry: Input, options: LoaderOptions) -> Iterator[Finding]:
         return
     rows = open_rows(spec)
     tokenizer = tokenizer_of(entry.model, options)
-    refuse_unusable(rows, tokenizer.path, read_config(entry.model, options), {
-        "revision": tokenizer.revision or "main", "cache_dir": options.cache_dir,
-        "trust_remote_code": options.trust_remote_code})
+    refuse_unusable(
+        rows, tokenizer.path, read_config(entry.model, options), _loading(tokenizer, options))
     there = rows.count
     if there is not None and there < spec.num_samples:
         yield Finding(
             "warning", entry.where, f"{spec.dataset} has {there} of the {spec.num_samples} rows of "
             "num_calibration_samples; more give better covariances.", said_again=True
         )
+
+
+def _loading(part: ModelPath, options: LoaderOptions) -> dict[str, Any]:
+    return {"revision": part.revision or "main", "cache_dir": options.cache_dir,
+            "trust_remote_code": options.trust_remote_code}
 
 
 def _check_owner(store: CovarianceStore, entry: Input) -> None:

@@ -84,7 +84,7 @@ def plan(
         architecture = make()
         _refuse_parts(config, architecture)
         tried.append((architecture, compare(architecture, base, checkpoints.values())))
-        if tried[-1][1].fits or crimes:
+        if tried[-1][1].fits or (crimes and not tried[-1][1].absent):
             return Plan(*tried[-1], notes=_notes(definition, base, tried))
     raise PaveError(_refusal(base, tried[-1][1], checkpoints.values()))
 

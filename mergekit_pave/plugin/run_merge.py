@@ -26,6 +26,7 @@ from mergekit_pave import check
 from mergekit_pave.check.keys import ignored
 from mergekit_pave.check.models import Allowances
 from mergekit_pave.check.planned import architecture
+from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.base import StatefulMethod
 from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.folder import copy_beside, has_tokenizer
@@ -111,6 +112,7 @@ def _around(
             return merge(out, options)
     loading = LoaderOptions.of(options)
     refuse_inputs(out_path, config.referenced_models())
+    _refuse_device(options)
     allowed = Allowances(options.allow_crimes, options.unsafe_truncate_embeddings)
     # A caller's default device is for its own tensors.
     with torch.device("cpu"):
@@ -144,6 +146,18 @@ def _around(
         data = {entry.get("calibration_dataset") for entry in entries}
         say_what_is_done(out_path, name, state, has_data=not data & {None, DATA_FREE, GENERATED})
     return result
+
+
+def _refuse_device(options: MergeOptions) -> None:
+    """Raise `PaveError` for an accelerator that is not there, before a model is calibrated."""
+    device = torch.device(options.device or "cpu").type
+    found = torch.accelerator.is_available()
+    there = torch.accelerator.current_accelerator() if found else None
+    if device != "cpu" and (there is None or there.type != device):
+        raise PaveError(f"PyTorch finds no {device} device here: leave --{device} out, or install "
+                        "a PyTorch that supports it.")
+    if options.multi_gpu and there is None:
+        raise PaveError("PyTorch finds no accelerator here: leave --multi-gpu out.")
 
 
 def _folders(config: MergeConfiguration, loading: LoaderOptions) -> list[Path]:

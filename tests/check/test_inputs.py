@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from helpers import errors, recipe, write_images
@@ -148,3 +149,31 @@ def test_rows_that_the_models_tokenizer_makes_nothing_of(good, tmp_path, rows, w
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (found,) = errors(change(good, "models.1.parameters.calibration_dataset", str(data)))
     assert found.startswith("models[1]: ") and words in found
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"tokenizer": {"source": "./nowhere"}}, "tokenizer: No tokenizer could be loaded for"),
+    ({"tokenizer_source": "./nowhere"}, "tokenizer_source: No tokenizer could be loaded for"),
+    ({"tokenizer": {"source": "base", "tokens": {"<x>": {"source": "./nowhere"}}}},
+     "tokenizer.tokens.<x>: ./nowhere is none of the merged models"),
+    ({"tokenizer": {"source": "union", "tokens": {"<x>": {"source": {
+        "kind": "model_token", "model": "./nowhere", "token": "<y>"}}}}},
+     "tokenizer.tokens.<x>: ./nowhere is none of the merged models"),
+])
+def test_vocabularies_that_mergekit_cannot_align(good, changes, words):
+    assert errors({**good, "tokenizer": {"source": "union"}}) == []
+    (found,) = errors({**good, **changes})
+    assert words in found
+
+
+def test_a_fine_tune_without_tokenizer_where_vocabularies_are_aligned(good, tmp_path):
+    """mergekit would take its tokens to be those of the base."""
+    folder = tmp_path / "own"
+    shutil.copytree(good["models"][1]["model"], folder)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    good["models"][1]["model"] = str(folder)
+    good["parameters"]["rank_ratio"] = 1.0
+    assert errors(good) == []
+    (found,) = errors({**good, "tokenizer": {"source": "union"}})
+    assert found.startswith("tokenizer: ") and str(folder) in found

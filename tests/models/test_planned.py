@@ -224,6 +224,13 @@ def test_a_bias_that_only_a_fine_tune_has(tmp_path):
     assert "bias" in found[0]
 
 
+def test_crimes_lift_no_tensor_that_mergekit_would_not_find(tmp_path):
+    paths = llamas(tmp_path / "a")
+    biased = family(tmp_path / "b", "Qwen2ForCausalLM", **COMMON, num_key_value_heads=4)
+    with pytest.raises(PaveError, match="k_proj.bias"):
+        merge(recipe([paths[0], biased[1]]), tmp_path / "out", allow_crimes=True)
+
+
 def test_harmless_buffers_are_not_missed(tmp_path):
     """Old checkpoints hold rotary frequencies and a stored copy of a tied head."""
     paths = family(tmp_path, "LlamaForCausalLM", **COMMON, tie_word_embeddings=True)

@@ -140,3 +140,14 @@ def test_planning_twice_with_one_configuration(good, tmp_path):
     run_merge(config, str(tmp_path / "b"), options, yaml.safe_dump(good))
     first, second = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="it is there")
+@pytest.mark.parametrize("options, words", [
+    ({"device": "cuda"}, "finds no cuda device here: leave --cuda out"),
+    ({"multi_gpu": True}, "leave --multi-gpu out"),
+])
+def test_an_accelerator_that_is_not_there(families, tmp_path, options, words):
+    raw = {"merge_method": "tsv_m", "base_model": str(families("llama")["base"]),
+           "models": [{"model": str(families("llama")["expert0"])}]}
+    assert words in refused(raw, tmp_path / "out", **options)
