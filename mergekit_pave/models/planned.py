@@ -153,7 +153,7 @@ def compare(
                         f"{base.label}: merge fine-tunes of this base only.")
             elif parts := _converted(weight, item):
                 used.update(parts)
-            elif not weight.optional:
+            elif not weight.optional or item is base:  # which mergekit asks for all it merges
                 found.absent.append((item, weight.name))
         for name in item.headers:
             if name not in used and not item.is_harmless(name):

@@ -101,8 +101,8 @@ class ClassNames:
     def missing(self, names: Iterable[str]) -> list[str]:
         """Weights and kept buffers of the class that a checkpoint of these names leaves random."""
         there = {own for name in names for own in self.of(name)}
-        there |= {tied for tied, source in self.tied.items() if there & {tied, source}}
         there |= {source for tied, source in self.tied.items() if tied in there}
+        there |= {tied for tied, source in self.tied.items() if source in there}
         return [name for name in self._state if name not in there and not is_buffer(name)
                 and not (self._not_missed and self._not_missed.search(name))]
 

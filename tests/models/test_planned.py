@@ -224,11 +224,34 @@ def test_a_bias_that_only_a_fine_tune_has(tmp_path):
     assert "bias" in found[0]
 
 
-def test_crimes_lift_no_tensor_that_mergekit_would_not_find(tmp_path):
+def test_a_crime_is_planned_by_what_the_base_has(tmp_path):
+    """mergekit's definition of the fine-tune has biases that the base lacks."""
     paths = llamas(tmp_path / "a")
     biased = family(tmp_path / "b", "Qwen2ForCausalLM", **COMMON, num_key_value_heads=4)
-    with pytest.raises(PaveError, match="k_proj.bias"):
-        merge(recipe([paths[0], biased[1]]), tmp_path / "out", allow_crimes=True)
+    merged = merge(recipe([paths[0], biased[1]]), tmp_path / "out", allow_crimes=True)
+    assert merged.keys() == tensors_of(paths[0]).keys()
+
+
+def test_what_only_the_base_lacks_is_refused(tmp_path):
+    """mergekit's definition calls it optional, and mergekit then misses it in the base."""
+    settings = {key: COMMON[key] for key in ("vocab_size", "pad_token_id", "bos_token_id",
+                                             "eos_token_id", "max_position_embeddings")}
+    paths = family(tmp_path, "BartForConditionalGeneration", **settings, d_model=32,
+                   encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48,
+                   encoder_attention_heads=4, decoder_attention_heads=4)
+    assert errors(recipe(paths)) == []
+    rewrite(paths[0], lambda s: without(s, "final_logits_bias"))
+    (found,) = errors(recipe(paths))
+    assert "final_logits_bias" in found
+
+
+def test_a_shared_embedding_under_the_name_of_one_that_is_tied_to_it(tmp_path):
+    paths = family(tmp_path, "T5ForConditionalGeneration", **KINDS["T5ForConditionalGeneration"])
+    for path in paths:
+        rewrite(path, lambda s: {**without(s, "shared.weight"),
+                                 "encoder.embed_tokens.weight": s["shared.weight"]})
+    assert errors(recipe(paths)) == []
+    assert "encoder.embed_tokens.weight" in merge(recipe(paths), tmp_path / "out")
 
 
 def test_harmless_buffers_are_not_missed(tmp_path):
