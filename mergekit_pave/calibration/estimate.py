@@ -74,10 +74,12 @@ def _amount(config: PretrainedConfig, spec: CalibrationSpec) -> str:
     if spec.generated:
         drawn = spec.num_samples * min(LENGTH, length_limit(config, None, spec.max_seq_length))
         return f"at most {drawn:,} tokens to generate before the first pass"
-    rows = min(spec.num_samples, open_rows(spec).count or spec.num_samples)
+    data = open_rows(spec)
+    rows = min(spec.num_samples, data.count or spec.num_samples)
     if main_input(config) == "pixel_values":
         return f"{rows:,} images per pass"
-    return f"at most {rows * length_limit(config, None, spec.max_seq_length):,} tokens per pass"
+    most = rows * length_limit(config, None, spec.max_seq_length)
+    return f"at most {most:,} tokens per pass ({rows} rows, column {', '.join(data.columns)})"
 
 
 def _gib(size: int) -> str:

@@ -59,11 +59,11 @@ class _Group(click.Group):
 @click.version_option(package_name="mergekit-pave")
 @click.pass_context
 def main(ctx: click.Context, verbose: bool) -> None:
-    """Purify task vectors before merging (PAVE), inside stock mergekit.
+    """Stronger merges of fine-tuned models, inside stock mergekit; PAVE among them.
 
     \b
     Merging itself is mergekit's own command:
-        mergekit-yaml merge.yml OUT      with `merge_method: pave_ties` in merge.yml
+        mergekit-yaml merge.yml OUT      with `merge_method: tsv_regmean` in merge.yml
     """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"

@@ -66,17 +66,20 @@ def evaluate(
     register()
     from mergekit_pave.calibration.load import Resources
     from mergekit_pave.evaluation.run import evaluate as evaluate_merges
-    from mergekit_pave.evaluation.verdict import printed, table
+    from mergekit_pave.evaluation.verdict import doubt, printed, table
 
     results = evaluate_merges(merges, config, rows=rows, options=options,
                               resources=Resources(device, max_memory), length=length)
     click.echo(printed(table({r.name: r.everything for r in results})))
     for result in results:
         click.echo(f"\n{result.name}: {result.sentence}")
+        for task in result.of_tasks if result is results[0] else ():
+            if warning := doubt(task.label, task.kind, task.expert, task.base):
+                click.echo(f"  Warning: {warning}")
         for label, start, rest in result.written:
             click.echo(f"  {label}: {_line(start)} => {_line(rest)}")
         if result.language and result.target.folder:
-            click.echo(f"  Benchmarks: lm_eval --model hf --model_args "
+            click.echo(f"  Benchmarks (pip install lm_eval): lm_eval --model hf --model_args "
                        f"pretrained={result.target.folder} --tasks hellaswag,arc_challenge "
                        "--batch_size auto")
     if json_file:

@@ -33,7 +33,7 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
     """
     from mergekit_pave.plugin import register
     from mergekit_pave.publish.card import write_card
-    from mergekit_pave.publish.hub import push_merge
+    from mergekit_pave.publish.hub import merge_files, push_merge
     from mergekit_pave.publish.markdown import CARD
     from mergekit_pave.recipe.reading import CONFIGURATION
 
@@ -48,6 +48,7 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
             f"{Path(folder) / CARD}: complete; no local path of the merge is left in it and in "
             f"{CONFIGURATION}."
         )
+        click.echo("`--push REPO_ID` uploads " + ", ".join(merge_files(Path(folder))) + ".")
 
 
 @click.command("compress")
@@ -86,6 +87,9 @@ def compress_command(
     for summary in compress(read_raw(config), out, rank_fraction=rank_fraction,
                             dtype=dtype, device=device, options=options):
         click.echo(str(summary))
+    click.echo(
+        f"`mergekit-pave reconstruct {out}/TASK DIR --base MODEL` writes a model of one again; "
+        "MODEL, the base, is needed where it is not on the Hub.")
 
 
 @click.command("materialize")

@@ -150,6 +150,7 @@ def methods() -> None:
         method = merge_methods.get(name)
         spec = unwrapped(method).spec
         click.echo(f"{name:24} {spec.pretty_name or spec.name}  {spec.reference_url or ''}")
+    click.echo("Start with tsv_regmean; `calibration_dataset: none` has it need no data.")
 
 
 @click.command()

@@ -5,7 +5,8 @@ One model is in memory at a time. Row scores are cached by content: weights, row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -38,6 +39,15 @@ class Task:
     rows: HeldOut
 
 
+@dataclass(frozen=True)
+class Expert:
+    """What an expert says about its rows, what it scores on them, and a classifier's head."""
+
+    said: Reference
+    own: Scores
+    head: dict[str, Tensor] | None
+
+
 @dataclass
 class Bench:
     """Scores of models on all tasks.
@@ -56,7 +66,7 @@ class Bench:
     resources: Resources = field(default_factory=Resources)
     quiet: bool = False
     _identities: dict[str, str] = field(default_factory=dict)
-    _experts: dict[int, tuple[Reference, dict[str, Tensor] | None]] = field(default_factory=dict)
+    _experts: dict[int, Expert] = field(default_factory=dict)
 
     @property
     def asked(self) -> list[Task]:
@@ -65,7 +75,15 @@ class Bench:
 
     def experts(self) -> list[Scores]:
         """What every expert scores on its own rows."""
-        return [self.of(task.source, [i])[0] for i, task in enumerate(self.asked)]
+        found: list[Scores] = []
+        for i, task in enumerate(self.asked):
+            key = self._key(task.source, i)
+            if (kept := read_kept(key)) is None:
+                self._run_experts([i])
+                kept = plain([self._experts[i].own])[0]
+                write_kept(key, kept)
+            found += arrays([kept])
+        return found
 
     def bases(self) -> list[Scores] | None:
         """What the base scores on every task's rows; `None` without a base."""
@@ -87,43 +105,49 @@ class Bench:
         self, source: ModelSource, which: Sequence[int], part: slice = slice(None)
     ) -> list[Scores]:
         """Score a model on some tasks, or on a part of their rows, without the cache."""
-        new = [i for i in which if i not in self._experts]
-        for i in self._bar(new, "Running experts") if new else ():
-            self._expert(i)
+        self._run_experts(which)
         shared = [i for i in which if self.asked[i].kind != "classifier"]
         found: dict[int, Scores] = {}
         if shared:
-            with opened(source, self.resources) as model:
-                for i in self._bar(shared, f"Scoring {source.label}"):
-                    found[i] = self._score(model, i, part)
+            with opened(source, self.resources) as model, self._bar(source, shared, part) as bar:
+                for i in shared:
+                    found[i] = self._score(model, i, part, bar)
         headed = [i for i in which if i not in found]
-        for i in self._bar(headed, f"Scoring {source.label}") if headed else ():
-            # Every expert has a head of its own, perhaps with other classes.
-            task, head = self.asked[i], self._expert(i)[1]
-            with opened(source, self.resources, task.source.config(), head) as model:
-                found[i] = self._score(model, i, part)
+        if headed:
+            with self._bar(source, headed, part) as bar:
+                for i in headed:
+                    # Every expert has a head of its own, perhaps with other classes.
+                    task, head = self.asked[i], self._experts[i].head
+                    with opened(source, self.resources, task.source.config(), head) as model:
+                        found[i] = self._score(model, i, part, bar)
         return [found[i] for i in which]
 
-    def _score(self, model: PreTrainedModel, i: int, part: slice) -> Scores:
-        task, (said, _) = self.asked[i], self._expert(i)
+    def _score(self, model: PreTrainedModel, i: int, part: slice, bar: tqdm) -> Scores:
+        task, said = self.asked[i], self._experts[i].said
         labels = task.rows.labels
-        try:
+        with _naming(task):
             return score(model, task.kind, task.rows.items[part], said[part],
-                         None if labels is None else labels[part])
-        except PaveError as error:
-            raise PaveError(f"{task.label}: {error}") from error
+                         None if labels is None else labels[part], bar.update)
 
-    def _bar(self, which: Sequence[int], what: str) -> tqdm:
-        return tqdm(which, desc=what, unit="task", disable=self.quiet)
-
-    def _expert(self, i: int) -> tuple[Reference, dict[str, Tensor] | None]:
-        """What an expert says about its rows, and its head; run once, then kept."""
-        if i not in self._experts:
+    def _run_experts(self, which: Sequence[int]) -> None:
+        """Have experts say what they say about their rows; each is run once."""
+        for i in which:
+            if i in self._experts:
+                continue
             task = self.asked[i]
-            with opened(task.source, self.resources) as model:
+            with opened(task.source, self.resources) as model, _naming(task), \
+                    self._bar(task.source, [i]) as bar:
                 head = head_of(model) if task.kind == "classifier" else None
-                self._experts[i] = (reference(model, task.kind, task.rows.items), head)
-        return self._experts[i]
+                said, own = reference(
+                    model, task.kind, task.rows.items, task.rows.labels, bar.update)
+            self._experts[i] = Expert(said, own, head)
+
+    def _bar(
+        self, source: ModelSource, which: Sequence[int], part: slice = slice(None)
+    ) -> tqdm:
+        rows = sum(len(self.asked[i].rows.items[part]) for i in which)
+        return tqdm(total=rows, desc=f"Scoring {source.label}", unit="row", leave=False,
+                    disable=self.quiet)
 
     def identity(self, source: ModelSource) -> str:
         """sha256 of a model's weights and settings, computed once."""
@@ -135,3 +159,11 @@ class Bench:
         task = self.asked[i]
         return address([FORMAT, self.identity(source), self.identity(task.source), task.kind,
                         task.rows.digest, str(self.resources.device.type)])
+
+
+@contextmanager
+def _naming(task: Task) -> Iterator[None]:
+    try:
+        yield
+    except PaveError as error:
+        raise PaveError(f"{task.label}: {error}") from error

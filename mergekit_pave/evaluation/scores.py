@@ -20,7 +20,7 @@ it where the vocabulary has no more than `TOP` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -58,35 +58,51 @@ def measures(kind: Kind) -> tuple[str, ...]:
     return {"language": ("loss", "kl"), "classifier": ("kl",), "encoder": ("distance",)}[kind]
 
 
-def reference(model: PreTrainedModel, kind: Kind, items: Sequence[Item]) -> Reference:
-    """What the expert says about every row, in the compact form.
+def reference(
+    model: PreTrainedModel, kind: Kind, items: Sequence[Item],
+    labels: Sequence[int] | None = None, seen: Callable[[int], object] = lambda rows: None,
+) -> tuple[Reference, Scores]:
+    """What the expert says about every row, in the compact form, and its own scores.
+
+    Args:
+        model: the expert.
+        kind: what it is.
+        items: its rows.
+        labels: of the rows, where a classifier's have any.
+        seen: called with the number of rows of each batch that is done.
 
     Returns:
         For each row a dictionary. Language: `top` int64 and `logp` float32, both (positions, k),
         and `rest` float32 (positions,), the log-probability of all other tokens together.
         Classifier: `logp` float32 (classes,). Encoder: `state` and `centre` float64 (width,), the
-        mean over positions, and that one's mean over all rows.
+        mean over positions, and that one's mean over all rows. And the scores, as `score` gives
+        them.
+
+    Raises:
+        PaveError: the model's outputs hold NaN.
     """
     found: Reference = [{}] * len(items)
+    own: list[dict[str, float]] = [{}] * len(items)
     for indices, output in _outputs(model, kind, items):
         for i, row in zip(indices, output, strict=True):
-            if kind == "language":
-                found[i] = _compact(row)
-            elif kind == "classifier":
-                found[i] = {"logp": row.log_softmax(-1)}
-            else:
-                found[i] = {"state": row.double().mean(0)}
+            if kind == "encoder":
+                # It is at no distance from itself.
+                found[i], own[i] = {"state": row.double().mean(0)}, {"distance": 0.0}
+                continue
+            found[i] = _compact(row) if kind == "language" else {"logp": row.log_softmax(-1)}
+            own[i] = _of_row(kind, row, items[i], found[i], None if labels is None else labels[i])
+        seen(len(indices))
     if kind == "encoder":
         centre = torch.stack([row["state"] for row in found]).mean(0)
         found = [{**row, "centre": centre} for row in found]
-    return found
+    return found, _gathered(own)
 
 
 def score(
     model: PreTrainedModel, kind: Kind, items: Sequence[Item], expert: Reference,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None, seen: Callable[[int], object] = lambda rows: None,
 ) -> Scores:
-    """Scores of every row, `(rows,)` float64 each.
+    """Scores of every row, `(rows,)` float64 each; arguments as in `reference`.
 
     Raises:
         PaveError: the model's outputs hold NaN, or are of another size than the expert's.
@@ -94,15 +110,26 @@ def score(
     found: list[dict[str, float]] = [{}] * len(items)
     for indices, output in _outputs(model, kind, items):
         for i, row in zip(indices, output, strict=True):
-            if kind == "language":
-                found[i] = _language(row, _targets(items[i]), expert[i])
-            elif kind == "classifier":
-                found[i] = _classifier(row, expert[i], None if labels is None else labels[i])
-            else:
-                found[i] = _encoder(row, expert[i])
-    scores = {name: np.array([row[name] for row in found]) for name in found[0]}
+            label = None if labels is None else labels[i]
+            found[i] = _of_row(kind, row, items[i], expert[i], label)
+        seen(len(indices))
+    return _gathered(found)
+
+
+def _of_row(
+    kind: Kind, output: Tensor, item: Item, expert: dict[str, Tensor], label: int | None
+) -> dict[str, float]:
+    if kind == "language":
+        return _language(output, _targets(item), expert)
+    return _classifier(output, expert, label) if kind == "classifier" else _encoder(output, expert)
+
+
+def _gathered(rows: Sequence[dict[str, float]]) -> Scores:
+    scores = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     if not all(np.isfinite(values).all() for values in scores.values()):
-        raise PaveError("The model's outputs hold NaN or Inf; lower the strength of the merge.")
+        raise PaveError(
+            "The model's outputs hold NaN or Inf; lower the strength if it is a merge, else "
+            "download or save it again.")
     return scores
 
 

@@ -144,7 +144,12 @@ def _rows(
     drawing = calibrated if calibrated and draws and not calibrated.generated else None
     if own is not None:
         spec = CalibrationSpec(own, split=wanted.split or "train", text_column=_column(entry))
-        return given(source, spec, drawing, wanted.rows, wanted.max_tokens)
+        try:
+            return given(source, spec, drawing, wanted.rows, wanted.max_tokens)
+        except PaveError as error:
+            raise PaveError(
+                f"--held-out {own}: {str(error).rstrip('.')} (text_column is read from the "
+                f"parameters of {source.label}; --config names another configuration).") from error
     if calibrated is None:
         raise PaveError(
             f"{source.label} has no calibration_dataset to hold rows out of; name rows of its "

@@ -48,8 +48,8 @@ class Budget:
         return " and ".join(limits)
 
     def allows(self, merges: int) -> bool:
-        """Whether so many further merges may be made."""
-        if self.seconds is not None and time.monotonic() - self.begun > self.seconds:
+        """Whether so many further merges may be made; minutes always allow the first ones."""
+        if self.seconds is not None and self.spent and time.monotonic() - self.begun > self.seconds:
             return False
         return self.merges is None or self.spent + merges <= self.merges
 
@@ -87,8 +87,7 @@ class Trial:
     @property
     def words(self) -> str:
         """Its method and values, for a person."""
-        shown = (f"{k} {'default' if v is None else f'{v:g}'}" for k, v in self.values.items())
-        return " ".join([self.space.method, *shown])
+        return _words(self.space, self.values)
 
 
 @dataclass
@@ -166,6 +165,7 @@ class Tuner:
         name = address([FORMAT, SEED, space.with_values(values), self._about()])
         kept = read_kept(name)
         if kept is None:
+            self.say(f"{_words(space, values)}: ...")
             scores, stopped = self._scored(space, values)
             write_kept(name, {"scores": plain(scores), "stopped": stopped})
         else:
@@ -252,6 +252,11 @@ class Tuner:
     def _forget(self) -> None:
         for folder in list(self._made.values()):
             self._drop(folder)
+
+
+def _words(space: Space, values: Values) -> str:
+    shown = (f"{k} {'default' if v is None else f'{v:g}'}" for k, v in values.items())
+    return " ".join([space.method, *shown])
 
 
 def _joined(first: np.ndarray, rest: np.ndarray | None) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from mergekit_pave.evaluation.objective import objective
 from mergekit_pave.evaluation.setup import RowOptions, bench_of, read_recipe
 from mergekit_pave.evaluation.space import Raw, Space, space_of
 from mergekit_pave.evaluation.tune import Budget, Trial, Tuner, gain
+from mergekit_pave.evaluation.verdict import doubt
 from mergekit_pave.models.source import LoaderOptions
 from mergekit_pave.recipe.recipe import Recipe
 from mergekit_pave.storage.files import make_folder, scratch, write_text
@@ -55,7 +57,7 @@ def tune(
     methods: Sequence[str] = (), *,
     rows: RowOptions = RowOptions(), options: LoaderOptions = LoaderOptions(),
     resources: Resources = Resources(),
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, quiet: bool = False,
 ) -> Tuned:
     """Search a configuration's strength and second parameters, and write the best one to `out`.
 
@@ -68,6 +70,7 @@ def tune(
         options: how models are loaded.
         resources: device and memory.
         say: called with one line for each step.
+        quiet: no progress bars.
 
     Raises:
         PaveError: nothing that could be tuned, no rows, a budget too small, a full disk.
@@ -81,9 +84,14 @@ def tune(
     draws = any(e.calibrated for space in spaces for e in Recipe.of(space.raw).inputs)
     # Rows come from the data that the given configuration names, for all methods.
     bench = bench_of(recipe or Recipe.of(raw), replace(rows, drawn=draws, general=None), options,
-                     resources, quiet=True)
+                     resources, quiet)
     _say_cost(bench, spaces, budget, out, say)
     aim = objective(bench)
+    for task, expert, known in zip(bench.tasks, aim.experts, aim.bases, strict=True):
+        if warning := doubt(task.label, task.kind, expert, known):
+            say(f"Warning: {warning}")
+    # The budget is for merges: base and experts have to be scored whatever it is.
+    budget.begun = time.monotonic()
     make_folder(out.absolute().parent)
     with scratch(out.absolute().parent) as folder:
         tuner, found = Tuner(bench, aim, folder, options, say), {}
@@ -92,8 +100,6 @@ def tune(
             if (best := tuner.search(space, share)) is not None:
                 found[space.method] = best
             budget.spent += share.spent
-    if not tuner.trials:
-        raise PaveError("The budget was spent before a single merge was scored; raise --budget.")
     best = tuner.best
     text = _header(tuner, best, found) + yaml.safe_dump(best.raw, sort_keys=False)
     write_text(out, text)
@@ -123,7 +129,8 @@ def _say_cost(
     copies = 3 if any(space.affine for space in spaces) else 1
     say(f"Tuning {', '.join(space.method for space in spaces)} within {budget}; a candidate is "
         f"scored on {rows} held-out rows ({tokens:,} tokens) of {len(bench.tasks)} models; "
-        f"{copies * size / 1e9:.1f} GB of disk are used beside {out.name} meanwhile.")
+        f"{copies * size / 1e9:.1f} GB of disk are used beside {out.name} meanwhile. "
+        "Base and experts are scored first.")
     parent = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < copies * size:

@@ -77,6 +77,17 @@ def measure(kind: Kind, expert: Scores, base: Scores) -> str | None:
     return None
 
 
+def doubt(label: str, kind: Kind, expert: Scores, base: Scores | None) -> str | None:
+    """What to say where a language model's expert is no better than the base on its own rows."""
+    if kind != "language" or base is None or measure(kind, expert, base) == "loss":
+        return None
+    return (
+        f"on the rows of {label} the expert (token loss {expert['loss'].mean():.4g}) is not "
+        f"measurably better than the base ({base['loss'].mean():.4g}): they are probably not its "
+        "task, or not written as it was trained; what is kept then says only how much the merge "
+        "answers as the expert does.")
+
+
 def kept(name: str, expert: Scores, base: Scores, merge: Scores) -> Interval:
     """`(base - merge) / (base - expert)` of the means of one score, with its interval."""
     return interval(

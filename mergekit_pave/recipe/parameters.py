@@ -114,8 +114,9 @@ CALIBRATION = (
     Parameter("calibration_split", Text, "train", True,
               "split, with `datasets` slicing such as `train[:5%]`"),
     Parameter("text_column", Text, "text", True,
-              "column to read; several joined as `question,answer`; `messages`/`conversations` "
-              "use the model's chat template; an image column uses its processor"),
+              "column to read, or `messages`, `conversations` or the image column where there is "
+              "no `text`; several joined as `question,answer`; chats use the model's chat "
+              "template, images its processor"),
     Parameter("num_calibration_samples", Count, 128, True,
               "rows to use, drawn with the seed"),
     Parameter("max_seq_length", Count, 2048, True,

@@ -61,7 +61,7 @@ def test_language_scores_are_those_of_float64(families, texts):
     expert, base = (
         transformers.AutoModelForCausalLM.from_pretrained(paths[name]).eval()
         for name in ("expert0", "base"))
-    found = score(base, "language", rows.items, reference(expert, "language", rows.items))
+    found = score(base, "language", rows.items, reference(expert, "language", rows.items)[0])
     whole = []
     for i, item in enumerate(rows.items):
         ids = item["input_ids"][None]
@@ -90,7 +90,7 @@ def test_classifier_scores_are_those_of_float64(families, texts):
     rows = held_out(_source(paths["expert0"]), CalibrationSpec(str(texts[0])), 6, 64, drawn=False)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     expert, base = (load(paths[name]).eval() for name in ("expert0", "base"))
-    said = reference(expert, "classifier", rows.items)
+    said = reference(expert, "classifier", rows.items)[0]
     labels = [i % 3 for i in range(6)]
     found = score(base, "classifier", rows.items, said, labels)
     for i, item in enumerate(rows.items):

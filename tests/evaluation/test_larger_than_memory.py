@@ -44,7 +44,7 @@ path, data, memory, out = sys.argv[1:]
 source = ModelSource(path, "model", path)
 rows = held_out(source, CalibrationSpec(data), 6, 80, drawn=False)
 with opened(source, Resources(max_memory=int(memory))) as model:
-    torch.save(reference(model, "language", rows.items), out)
+    torch.save(reference(model, "language", rows.items)[0], out)
 print(f"read={read}", file=sys.stderr)
 """
 SHARDS = Resources(max_memory=20_000)  # most weights stay on disk
@@ -56,7 +56,7 @@ def _scores(paths, texts, resources):
     rows = held_out(expert, CalibrationSpec(str(texts[0])), 12, 64, drawn=False)
     kind = kind_of(expert.config())
     with opened(expert, Resources()) as model:
-        said = reference(model, kind, rows.items)
+        said = reference(model, kind, rows.items)[0]
     with opened(base, resources) as model:
         return score(model, kind, rows.items, said), kind
 
