@@ -167,8 +167,8 @@ def test_an_interrupted_search_goes_on(families, texts, tmp_path, monkeypatch):
 
 def test_minutes_that_are_over_at_once_score_the_first_candidate(families, texts, tmp_path):
     found = _tune(_plain(families("bert"), texts), tmp_path / "tuned.yml", Budget(seconds=1e-9))
-    assert len(found.tuner.trials) == 1
-    assert "The best of 1 candidates" in found.text
+    # The base, at strength 0, costs no merge of its own.
+    assert len([trial for trial in found.tuner.trials if trial.values["lambda"]]) == 1
 
 
 def test_a_poor_candidate_is_stopped_early_and_never_chosen(families, texts, tmp_path):
