@@ -48,7 +48,11 @@ def card_command(folder: str, push: str | None, private: bool) -> None:
             f"{Path(folder) / CARD}: complete; no local path of the merge is left in it and in "
             f"{CONFIGURATION}."
         )
-        click.echo("`--push REPO_ID` uploads " + ", ".join(merge_files(Path(folder))) + ".")
+        try:
+            files = "uploads " + ", ".join(merge_files(Path(folder)))
+        except PaveError as error:
+            files = f"would not upload it: {error}"
+        click.echo(f"`--push REPO_ID` {files.rstrip('.')}.")
 
 
 @click.command("compress")

@@ -103,7 +103,16 @@ def evaluate(
     first = named or targets[0].recipe
     for path, target in zip(paths, targets, strict=True):
         same_merge(first, target.recipe, path)
-    bench = bench_of(first, rows, options, resources, quiet)
+    try:
+        bench = bench_of(first, rows, options, resources, quiet)
+    except PaveError as error:
+        lost = [name for name in map(str, first.config.referenced_models())
+                if "/" not in name and not Path(name).exists()]
+        if named or not lost:
+            raise
+        raise PaveError(
+            f"{error} Where {lost[0]} was a local folder, whose path `card` takes out of a merge, "
+            "name the merge's own configuration with --config.") from error
     return [_result(bench, target, options, length) for target in targets]
 
 

@@ -24,7 +24,7 @@ from mergekit_pave.evaluation.intervals import interval
 from mergekit_pave.evaluation.run import evaluate
 from mergekit_pave.evaluation.scores import TOP, kind_of, reference, score
 from mergekit_pave.evaluation.setup import RowOptions, bench_of
-from mergekit_pave.evaluation.verdict import sentence, verdicts
+from mergekit_pave.evaluation.verdict import doubt, sentence, verdicts
 from mergekit_pave.models.source import LoaderOptions, ModelSource
 from mergekit_pave.plugin import register
 from mergekit_pave.recipe.parameters import CalibrationSpec
@@ -110,6 +110,30 @@ def test_the_expert_keeps_everything_and_the_base_nothing(families, texts, kind)
         assert first.measure
         assert first.kept.value == pytest.approx(share, abs=1e-9)
         assert first.kept.low == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta", "bert"])
+def test_an_experts_own_scores_come_with_its_reference(families, texts, kind):
+    bench = _bench(families, texts, kind)
+    task = bench.tasks[0]
+    model = transformers.AutoModel if task.kind == "encoder" else transformers.AutoModelForCausalLM
+    model = (transformers.AutoModelForSequenceClassification if task.kind == "classifier"
+             else model).from_pretrained(task.source.path)
+    said, own = reference(model, task.kind, task.rows.items, task.rows.labels)
+    wanted = score(model, task.kind, task.rows.items, said, task.rows.labels)
+    assert own.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_allclose(own[name], values, atol=1e-6)
+
+
+def test_an_expert_that_is_no_better_than_the_base_on_its_rows_is_doubted():
+    loss = np.linspace(1, 2, 20)
+    close = {"loss": loss, "kl": np.zeros(20)}
+    base = {"loss": loss - 0.1, "kl": np.ones(20)}
+    said = "rows of math the expert (token loss 1.5) is not measurably better than the base (1.4)"
+    assert said in doubt("math", "language", close, base)
+    assert doubt("math", "language", base, {**close, "kl": np.ones(20)}) is None
+    assert doubt("math", "classifier", close, base) is None
 
 
 def test_encoder_distance_is_that_of_float64(families, texts):

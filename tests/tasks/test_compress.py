@@ -28,7 +28,9 @@ def test_what_comes_back_is_the_truncated_fine_tune(families, config, tmp_path):
     code, out, err = invoke("compress", config(), tmp_path / "c")
     assert code == 0, err
     base = tensors_of(paths["base"])
-    for i, line in enumerate(out.splitlines()):
+    *summaries, advice = out.splitlines()
+    assert f"reconstruct {tmp_path / 'c'}/TASK DIR" in advice
+    for i, line in enumerate(summaries):
         task = tmp_path / "c" / f"expert{i}"
         code, said, _ = invoke("reconstruct", task, tmp_path / f"m{i}", "--base", paths["base"])
         assert code == 0 and said == f"{tmp_path / f'm{i}'}: reconstructed from {task}.\n"
