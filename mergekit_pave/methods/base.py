@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from mergekit.merge_methods import (
     GroupMergeMethod,
     ParameterScope,
@@ -110,7 +111,10 @@ def check_finite(tensor: Tensor, model: Hashable, name: str | None) -> None:
     """Raise `PaveError` where a weight of `model` holds NaN or Inf."""
     if not numeric.finite(tensor):
         raise PaveError(
-            f"{name} of {model} holds NaN or Inf; download or save that checkpoint again."
+            f"{name} of {model} holds NaN or Inf"
+            + (", or is too large for dtype float16; set float32, or"
+               if tensor.dtype == torch.float16 else ";")
+            + " download or save that checkpoint again."
         )
 
 

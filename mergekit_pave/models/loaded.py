@@ -81,6 +81,10 @@ def refuse_other_values(
     names, state = ClassNames(model), model.state_dict()
     for name, tensor in tensors:
         own = names.one(name)
+        if own in state and tensor.element_size() == 1 and state[own].is_floating_point():
+            raise PaveError(
+                f"{name} of {label} holds numbers of one byte ({tensor.dtype}), as quantised "
+                "weights do: name the full-precision checkpoint.")
         if own is None or own in names.tied or state[own].device.type == "meta":
             continue
         there = state[own]

@@ -32,7 +32,7 @@ from mergekit_pave.methods.layers import MergeState
 from mergekit_pave.models.folder import copy_beside, has_tokenizer
 from mergekit_pave.models.own_files import untie
 from mergekit_pave.models.planned import completed
-from mergekit_pave.models.source import LoaderOptions, model_source
+from mergekit_pave.models.source import LoaderOptions, ModelSource, model_source
 from mergekit_pave.plugin import mends
 from mergekit_pave.plugin.loaders import close_earlier, open_adapted
 from mergekit_pave.plugin.opening import keep_own_files, open_state, writes_masks
@@ -137,6 +137,7 @@ def _around(
             copy_beside(folders, out)
         with torch.device("cpu"):
             untie(completed(out, config, loading))
+            _refuse_overflow(out, config.out_dtype or config.dtype)
         if state.masks:
             keep_own_files(state.masks, entries, out, loading)
             state.masks.finish()
@@ -158,6 +159,16 @@ def _refuse_device(options: MergeOptions) -> None:
                         "a PyTorch that supports it.")
     if options.multi_gpu and there is None:
         raise PaveError("PyTorch finds no accelerator here: leave --multi-gpu out.")
+
+
+def _refuse_overflow(out: Path, dtype: str | None) -> None:
+    """Raise `PaveError` where a weight of the merge is beyond float16, whose largest is 65504."""
+    if (dtype or "").removeprefix("torch.") != "float16":
+        return
+    for name, tensor in ModelSource(str(out), out.name, str(out)).tensors():
+        if not tensor.isfinite().all():
+            raise PaveError(f"{name} of the merge is too large for float16: set dtype, or "
+                            "out_dtype, to bfloat16 or float32.")
 
 
 def _folders(config: MergeConfiguration, loading: LoaderOptions) -> list[Path]:

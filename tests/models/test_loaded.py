@@ -74,3 +74,10 @@ def test_the_cache_knows_code_that_may_run(model, tmp_path):
     (model / "modeling_own.py").write_text("x = 1\n")
     assert trusted.identity() != without[0]
     assert source.identity() == without[1]
+
+
+def test_numbers_of_one_byte_are_quantised(model):
+    write(model, {name: t.to(torch.float8_e4m3fn) if "q_proj" in name else t
+                  for name, t in tensors_of(model).items()})
+    with pytest.raises(PaveError, match="q_proj.weight of .* one byte .*full-precision"):
+        load_model(source_of(model), device=CPU)

@@ -154,3 +154,15 @@ def test_fused_experts(texts, tmp_path, caplog):
     changed = {n for n in plain if not torch.allclose(merged[n], plain[n], atol=1e-6)}
     assert not [name for name in plain if ".experts." in name]  # mergekit fuses them too
     assert {f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkvo"} == changed
+
+
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+def test_weights_that_float16_cannot_hold(families, tmp_path, key):
+    models = [rewrite(families("llama")[name], tmp_path / name,
+                      lambda weights: weights["model.layers.0.mlp.up_proj.weight"].mul_(1e9))
+              for name in ("base", "expert0")]
+    raw = {"merge_method": "tsv_m", "base_model": str(models[0]), "dtype": "float32",
+           "models": [{"model": str(models[1])}]}
+    assert len(merge(raw, tmp_path / "good"))
+    text = refused({**raw, key: "float16"}, tmp_path / "out")
+    assert "up_proj" in text and "is too large for" in text and "float32" in text
