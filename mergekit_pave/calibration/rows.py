@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from mergekit_pave.calibration.faults import LOCAL_FILE, explained
 from mergekit_pave.calibration.literal import literal, literal_url
 from mergekit_pave.errors import PaveError
+from mergekit_pave.models.folder import is_pointer
 from mergekit_pave.models.names import builder_of, local_path
 from mergekit_pave.recipe.parameters import GENERATED, PARAMETERS, CalibrationSpec
 
@@ -202,6 +203,12 @@ def _open_local(path: Path, spec: CalibrationSpec) -> Any:
         raise PaveError(
             f"calibration_config {spec.config!r} means nothing for the local data "
             f"{spec.dataset!r}, which has no configurations; remove the key.")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if pointer := next(filter(is_pointer, files), None):
+        raise PaveError(
+            f"calibration_dataset {spec.dataset!r}: {pointer.name} is a Git LFS pointer in place "
+            "of the file; run `git lfs pull` in its folder, or download the dataset with "
+            "`hf download --repo-type dataset`.")
     links = Path(datasets.config.HF_DATASETS_CACHE) / "mergekit-pave" / "links"
     if saved:
         return _open_saved(literal(path, links), spec)

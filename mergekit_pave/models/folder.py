@@ -40,10 +40,15 @@ def is_companion(name: str) -> bool:
     return _COMPANIONS.fullmatch(name) is not None
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether Git has left a pointer in place of a large file."""
+    return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS)
+
+
 def refuse_pointers(folder: Path) -> None:
     """Raise `PaveError` where Git has left a pointer in place of a file of weights or tokenizer."""
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS):
+        if is_pointer(path):
             raise PaveError(
                 f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in its "
                 "folder, or download the model with `hf download`.")

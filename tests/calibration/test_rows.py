@@ -198,6 +198,8 @@ def test_image_folder_is_found_by_its_one_image_column(tmp_path):
     ("a.jsonl", "", r"is an empty file"),
     ("a.jsonl", "\n", r"has no rows"),
     ("a.csv", "text\n", r"no rows in split 'train'"),
+    ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+     r"a.txt is a Git LFS pointer"),
     ("a.xlsx", "x", r"not a kind of file that can be read; name a local .jsonl"),
 ])
 def test_unreadable_files(write, name, content, sentence):
