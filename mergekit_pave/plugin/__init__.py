@@ -92,3 +92,6 @@ def attach(module: ModuleType) -> None:
         mends.mend_merged_copies(sys.modules["mergekit.common"])
         mends.mend_lost_results(module.MultiGPUExecutor)
         run_merge.attach(module)
+        # It has imported this module as its second step, and reads a configuration later on.
+        if script := sys.modules.get("mergekit.scripts.run_yaml"):
+            run_merge.read_clearly(script)

@@ -86,6 +86,29 @@ def attach(module: Any) -> None:
     mends.let_merges_know(module, _ARCHITECTURE.get)
 
 
+def read_clearly(script: Any) -> None:
+    """Let `mergekit-yaml` say in one sentence what it cannot read of a configuration of ours.
+
+    It ends in pydantic's complaint below a traceback, before `run_merge`.
+    """
+    own = script.MergeConfiguration
+
+    class Reader:
+        @staticmethod
+        def model_validate(raw: Any) -> MergeConfiguration:
+            try:
+                return own.model_validate(raw)
+            except (ValueError, RuntimeError):
+                name = str(raw.get("merge_method")) if isinstance(raw, dict) else ""
+                if is_ours(name) or looks_like_ours(name):
+                    for found in check.check(raw):
+                        if found.level == "error":
+                            raise PaveError(str(found)) from None
+                raise
+
+    script.MergeConfiguration = Reader
+
+
 @contextmanager
 def _lines_above_bars() -> Iterator[None]:
     """Warnings appear above a progress bar, not at its end.

@@ -82,6 +82,16 @@ def test_installed_command_with_a_misspelt_method(good, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"parameters": []}, "parameters: must be a mapping"),
+    ({"base_model": "a@b@c"}, "multiple @"),
+])
+def test_installed_command_with_what_mergekit_cannot_read(good, tmp_path, change, words):
+    result = stock({**good, **change}, tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert words in result.stderr and result.stderr.startswith("Error: ")
+
+
 def test_installed_command_stops_in_the_middle_of_a_merge(good, tmp_path):
     good["models"][0]["parameters"]["weight"] = 1e300
     good["parameters"]["num_calibration_samples"] = 2
