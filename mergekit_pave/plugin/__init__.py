@@ -89,6 +89,7 @@ def attach(module: ModuleType) -> None:
     elif module.__name__ == "mergekit.merge":
         mends.mend_cards(sys.modules["mergekit.card"])
         mends.mend_dtype(module)
+        mends.mend_lone_entries(importlib.import_module("mergekit.sparsify"))
         mends.mend_merged_copies(sys.modules["mergekit.common"])
         mends.mend_lost_results(module.MultiGPUExecutor)
         run_merge.attach(module)

@@ -96,6 +96,25 @@ def mend_merged_copies(common: Any) -> None:
     reference.merged = merged
 
 
+def mend_lone_entries(sparsify: Any) -> None:
+    """Let DELLA drop an entry that is alone in its row, as a gate or a probe is, at its density.
+
+    It ranks the entries of a row, and divides by the number of ranks less one.
+    """
+    original = sparsify.della_magprune
+
+    @functools.wraps(original)
+    def della_magprune(
+        tensor: Any, density: float, epsilon: float, rescale_norm: Any = None
+    ) -> Any:
+        alone = tensor.ndim == 0 or tensor.shape[min(tensor.ndim, 2) - 1] == 1
+        if alone and 0 < density < 1:
+            return sparsify.bernoulli(tensor, density, rescale_norm)
+        return original(tensor, density, epsilon, rescale_norm)
+
+    sparsify.della_magprune = della_magprune
+
+
 def mend_dtype(merge: Any) -> None:
     """Silence transformers' warning about `torch_dtype`, a keyword that `mergekit.merge` uses.
 

@@ -6,7 +6,9 @@ import logging
 from importlib import metadata
 
 import pytest
+import torch
 import transformers
+from mergekit import sparsify
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -48,3 +50,13 @@ def test_a_merge_does_not_tell_its_user_of_a_word_that_mergekit_uses(families, t
     with caplog.at_level(logging.WARNING):
         config.torch_dtype = "float32"
     assert "torch_dtype" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (1, 1, 4), (2, 1, 3, 3)])
+def test_della_takes_entries_that_are_alone_in_their_row(shape):
+    """As the gate of a cross attention, or the probe of SigLIP's pooling head."""
+    torch.manual_seed(0)
+    draws = torch.stack([sparsify.della_magprune(torch.ones(shape), 0.5, 0.1)
+                         for _ in range(400)])
+    assert set(draws.unique().tolist()) == {0.0, 1.0} and 0.4 < draws.mean() < 0.6
+    assert torch.equal(sparsify.della_magprune(torch.ones(shape), 1.0, 0.1), torch.ones(shape))
