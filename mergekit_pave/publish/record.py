@@ -133,7 +133,7 @@ def local_names(recipe: Recipe, record: Record) -> set[str]:
     if None in data:
         return found
     # Where a store is named, nobody read the keys of the data, so the record does not tell.
-    named = {e.get("calibration_dataset") for e in recipe.inputs if not e.get("covariance")}
+    named = [e.get("calibration_dataset") for e in recipe.inputs if not e.get("covariance")]
     named = {name for name in named if isinstance(name, str)} - {DATA_FREE, GENERATED}
     return found | (named - {about["dataset"] for about in data if about and not about["local"]})
 

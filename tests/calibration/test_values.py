@@ -166,11 +166,11 @@ def test_an_endless_stream_is_given_up_when_nothing_usable_comes(monkeypatch, us
         return row
 
     if usable:
-        items, indices, skipped = sampling._encode(rows, encoder, "m")
+        items, indices, skipped, _ = sampling._encode(rows, encoder, rows.spec.num_samples)
         assert len(items) == len(indices) == usable and skipped == {"empty": 50}
     else:
         with pytest.raises(PaveError, match="empty: 50"):
-            sampling._encode(rows, encoder, "m")
+            sampling._encode(rows, encoder, rows.spec.num_samples)
     assert stream.read == usable + 50
 
 
@@ -186,7 +186,7 @@ def test_rows_of_a_finite_dataset_are_all_tried(monkeypatch):
             raise SkipRow("empty")
         return row
 
-    assert len(sampling._encode(kept, encoder, "m")[0]) == 2
+    assert len(sampling._encode(kept, encoder, kept.spec.num_samples)[0]) == 2
 
 
 # Folders of unlike files

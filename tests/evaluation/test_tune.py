@@ -250,7 +250,7 @@ def test_a_disk_that_fills_up_loses_nothing(
         with pytest.raises(PaveError, match="cannot be written to .* what is scored is kept"):
             _tune(raw, tmp_path / "tuned.yml", Budget(merges=3), say=told.append)
     assert list(tmp_path.glob("*tuned*")) == list(tmp_path.glob(".mergekit-pave-*")) == []
-    scored = len(told) - 1
+    scored = sum("keeps" in line for line in told)
     told.clear()
     _tune(raw, tmp_path / "tuned.yml", Budget(merges=3), say=told.append)
     assert sum("(known)" in line for line in told) == scored == after // 2
@@ -260,11 +260,6 @@ def test_models_of_different_architectures_are_refused(families, texts, tmp_path
     raw = _plain({**families("llama"), "expert1": families("bert")["expert1"]}, texts)
     with pytest.raises(PaveError, match="different architectures, .* evaluate the output"):
         _tune(raw, tmp_path / "tuned.yml", Budget(merges=3))
-
-
-def test_minutes_that_are_too_few_are_refused(families, texts, tmp_path):
-    with pytest.raises(PaveError, match="spent before a single merge was scored; raise --budget"):
-        _tune(_plain(families("bert"), texts), tmp_path / "tuned.yml", Budget(seconds=0.0))
 
 
 @pytest.mark.parametrize("text", ["0", "x", "1.5", "-3", "10 hours"])

@@ -1,5 +1,6 @@
 """The quickstart example: its pure parts here, the whole run under `-m slow`."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,16 +11,19 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
 
 import folders
-import run
 import tasks
 import train
 
 from mergekit_pave.recipe.parameters import PARAMETERS
 
-QUICKSTART = Path(run.__file__).parent
+# Not `import run`: the comparison has one too.
+_SPEC = importlib.util.spec_from_file_location("quickstart", QUICKSTART / "run.py")
+run = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(run)
 
 
 def _template(name):
