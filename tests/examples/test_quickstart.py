@@ -14,11 +14,11 @@ import yaml
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
-import folders
-import tasks
-import train
+import folders  # noqa: E402
+import tasks  # noqa: E402
+import train  # noqa: E402
 
-from mergekit_pave.recipe.parameters import PARAMETERS
+from mergekit_pave.recipe.parameters import PARAMETERS  # noqa: E402
 
 # Not `import run`: the comparison has one too.
 _SPEC = importlib.util.spec_from_file_location("quickstart", QUICKSTART / "run.py")
