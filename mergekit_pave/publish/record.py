@@ -133,8 +133,9 @@ def local_names(recipe: Recipe, record: Record) -> set[str]:
     if None in data:
         return found
     # Where a store is named, nobody read the keys of the data, so the record does not tell.
-    named = [e.get("calibration_dataset") for e in recipe.inputs if not e.get("covariance")]
-    named = {name for name in named if isinstance(name, str)} - {DATA_FREE, GENERATED}
+    named = {name for e in recipe.inputs if not e.get("covariance")
+             if isinstance(name := e.get("calibration_dataset"), str)}
+    named -= {DATA_FREE, GENERATED}
     return found | (named - {about["dataset"] for about in data if about and not about["local"]})
 
 
