@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,13 +73,13 @@ def corrected(weight: Tensor, error: Tensor, moment: Tensor, ridge: float) -> Te
 
 
 @contextmanager
-def watched(block: nn.Module, names: Sequence[str], outputs: bool = False) -> Iterator[dict]:
-    """Name -> the input, or output, of these parts of a block in its latest call; "" is itself."""
-    seen: dict[str, Tensor] = {}
+def watched(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Name -> input and output of these parts of a block in its latest call; "" is itself."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str):
         def hook(_module, args, kwargs, output):
-            seen[name] = output if outputs else args[0] if args else kwargs["hidden_states"]
+            seen[name] = args[0] if args else kwargs["hidden_states"], output
         return hook
 
     handles = [block.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
@@ -89,6 +89,30 @@ def watched(block: nn.Module, names: Sequence[str], outputs: bool = False) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Stop(Exception):
+    """The last of the modules has been reached."""
+
+
+def calls_of(modules: Sequence[nn.Module], call: Callable[[], object]) -> list[tuple[tuple, dict]]:
+    """The arguments with which `call` calls these modules, in order; it ends at the last."""
+    seen: list[tuple[tuple, dict]] = []
+
+    def hook(module, args, kwargs):
+        seen.append((args, kwargs))
+        if module is modules[-1]:
+            raise Stop
+
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    try:
+        call()
+    except Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def through(block: nn.Module, states: Tensor, options: dict) -> Tensor:
@@ -112,26 +136,26 @@ def refine_block(
     wanted, beside = {}, {}
     for task, (expert, of_task) in enumerate(zip(experts, batches, strict=True)):
         for place, batch in enumerate(of_task):
-            with (watched(expert, layers, outputs=True) as outputs,
-                  watched(expert, streams) as inputs):
+            with watched(expert, [*layers, *streams]) as seen:
                 after = through(expert, batch.expert, batch.options)
-            wanted[task, place] = {n: outputs[n][batch.real] for n in layers}
-            beside[task, place] = {n: inputs[n][batch.real] for n in streams}
+            wanted[task, place] = {n: seen[n][1][batch.real] for n in layers}
+            beside[task, place] = {n: seen[n][0][batch.real] for n in streams}
             batch.expert = after
     for names, stream in stages:
         errors, moment = dict.fromkeys(names, 0.0), 0.0
         for task, of_task in enumerate(batches):
             count = sum(int(batch.real.sum()) for batch in of_task)
             for place, batch in enumerate(of_task):
-                needed = [names[0]] + ([stream] if stream is not None else [])
-                with watched(block, needed) as inputs:
-                    through(block, batch.merged, batch.options)
-                x = inputs[names[0]][batch.real]
+                needed = [stream] * (stream is not None) + [names[0]]
+                calls = calls_of([block.get_submodule(name) for name in needed],
+                                 lambda b=batch: through(block, b.merged, b.options))
+                inputs = [(args or (kwargs["hidden_states"],))[0] for args, kwargs in calls]
+                x = inputs[-1][batch.real]
                 moment = moment + (x.mT @ x).double() / count
                 for name in names:
                     error = wanted[task, place][name] - block.get_submodule(name)(x)
                     if stream is not None:
-                        error = error + beside[task, place][stream] - inputs[stream][batch.real]
+                        error = error + beside[task, place][stream] - inputs[0][batch.real]
                     errors[name] = errors[name] + (error.mT @ x).double() / count
         for name in names:
             layer = block.get_submodule(name)
@@ -141,25 +165,9 @@ def refine_block(
             batch.merged = through(block, batch.merged, batch.options)
 
 
-class Stop(Exception):
-    """The first block has been reached."""
-
-
 def first_states(model: nn.Module, block: nn.Module, inputs: dict) -> tuple[Tensor, dict]:
     """What the first block is called with."""
-    def hook(_module, args, kwargs):
-        seen.append((args, kwargs))
-        raise Stop
-
-    seen: list = []
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        model(**inputs)
-    except Stop:
-        pass
-    finally:
-        handle.remove()
-    (args, kwargs), = seen
+    (args, kwargs), = calls_of([block], lambda: model(**inputs))
     kwargs = dict(kwargs)
     states = args[0] if args else kwargs.pop("hidden_states")
     kwargs |= dict(zip(("attention_mask",), args[1:], strict=False))
