@@ -127,7 +127,8 @@ def _mergeable(
         config = read_config(model, options)
     except PaveError as fault:
         raise PaveError(f"{where}: {fault}") from fault
-    if len(config.architectures or ()) != 1:
+    names = config.architectures
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise PaveError(
             f"{where}: config.json of {model} must name one class under `architectures`, such "
             f"as LlamaForCausalLM; got {config.architectures}."

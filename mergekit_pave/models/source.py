@@ -258,8 +258,10 @@ def read_config(model: ModelReference, options: LoaderOptions) -> PretrainedConf
         refuse_pointers(folder)
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError) as fault:
-        reason = str(fault).strip().splitlines()[0].rstrip(".:")
+    except Exception as fault:  # a class raises anything for a value that it does not take
+        lines = str(fault).strip().splitlines() or [type(fault).__name__]
+        # A validation's first line names the key, and its second what is wrong.
+        reason = " ".join(" ".join(lines[: 1 + lines[0].endswith(":")]).split()).rstrip(".:")
         if "trust_remote_code" in str(fault):
             reason = "it needs Python code of its own repository"
             mend = "read that code, and add --trust-remote-code if you trust it"

@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
-# What libraries say of a disk that takes no more; safetensors has an error of its own.
-_FULL = re.compile(r"os error (28|122|27)|No space left|quota exceeded|File too large", re.I)
+# What libraries say of a disk that takes no more; safetensors and torch have errors of their own.
+_FULL = re.compile(
+    r"os error (28|122|27)|No space left|quota exceeded|File too large|inline_container", re.I)
 _CARD, _CONFIG = "README.md", "config.json"
 
 
@@ -54,7 +55,7 @@ def taking_the_place(out_path: Path | str) -> Iterator[Path]:
             if inner.is_dir():
                 with alone_in(out):
                     _replace(out, inner)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if not _FULL.search(str(error)):
             raise
         raise PaveError(

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.usefixtures("nothing_heavy")
          ["Qwen2ForCausalLM", "LlamaForCausalLM", "one architecture"]),
         ({"quantization_config": {}}, ["is quantised", "full-precision"]),
         ({"architectures": None}, ["`architectures`", "LlamaForCausalLM"]),
+        ({"architectures": 0.5}, ["`architectures`", "LlamaForCausalLM"]),
+        ({"hidden_size": ["x"]}, ["Cannot read the config", "hidden_size", "got list"]),
+        ({"model_type": []}, ["Cannot read the config", "unhashable"]),
         ({"model_type": "never_heard_of"}, ["Cannot read the config", "never_heard_of",
                                             "upgrade transformers"]),
         *[({"quantization_config": {"quant_method": method, **more}}, [method, "full-precision"])

@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import emr_config
+from helpers import merge as write_merge
 from helpers.refusals import merge, refused
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from mergekit_pave.errors import PaveError
 from mergekit_pave.storage.covariances import MANIFEST
 
 
@@ -87,3 +90,17 @@ def test_disk_full_for_a_small_file(good, tmp_path, monkeypatch, name):
     assert name in text and "No space left on device" in text
     assert not list((tmp_path / "cache").rglob(MANIFEST))
     assert not list((tmp_path / "cache").rglob(".mergekit-pave-*"))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_no_room_for_the_weights(families, tmp_path, safe):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config, out = emr_config(families("llama"), "tsv_m"), tmp_path / "out"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(PaveError, match="There is no room for the merge in .*out"):
+            write_merge(config, out, safe_serialization=safe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists()
