@@ -256,6 +256,7 @@ def _generation(source: ModelSource, config: PreTrainedConfig) -> GenerationConf
 def _rows(
     source: ModelSource, spec: CalibrationSpec, form: Form, length: int, resources: Resources
 ) -> list[list[int]]:
+    stamp = source.stamp()
     request = {
         "format": FORMAT, "model": source.identity(), "opening": form.opening,
         "bridge": form.bridge, "ends": form.ends, "length": length, "seed": spec.seed,
@@ -271,6 +272,7 @@ def _rows(
             return kept
         with scratch(folder) as offloaded:
             rows = _generate(source, spec, form, length, resources, offloaded)
+        source.refuse_changed(stamp)
         write_text(path, json.dumps({"request": request, "rows": rows}))
     return rows
 

@@ -66,6 +66,8 @@ class Bench:
     resources: Resources = field(default_factory=Resources)
     quiet: bool = False
     _identities: dict[str, str] = field(default_factory=dict)
+    # Of their files at that time: scores of others are not to be kept under those names.
+    _stamps: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     _experts: dict[int, Expert] = field(default_factory=dict)
 
     @property
@@ -80,6 +82,7 @@ class Bench:
             key = self._key(task.source, i)
             if (kept := read_kept(key)) is None:
                 self._run_experts([i])
+                task.source.refuse_changed(self._stamps[task.source.path])
                 kept = plain([self._experts[i].own])[0]
                 write_kept(key, kept)
             found += arrays([kept])
@@ -97,6 +100,8 @@ class Bench:
                  if (kept := read_kept(key)) is not None}
         missing = [i for i in keys if i not in found]
         for i, scores in zip(missing, self.fresh(source, missing), strict=True):
+            for read in (source, self.asked[i].source):
+                read.refuse_changed(self._stamps[read.path])
             write_kept(keys[i], plain([scores])[0])
             found[i] = scores
         return [found[i] for i in keys]
@@ -152,6 +157,7 @@ class Bench:
     def identity(self, source: ModelSource) -> str:
         """sha256 of a model's weights and settings, computed once."""
         if source.path not in self._identities:
+            self._stamps[source.path] = source.stamp()
             self._identities[source.path] = source.identity()
         return self._identities[source.path]
 

@@ -242,6 +242,20 @@ def test_what_was_generated_once_is_kept(path, tmp_path, counted):
     assert len(counted) == 3
 
 
+def test_text_of_a_model_that_is_replaced_meanwhile_is_not_kept(families, tmp_path, monkeypatch):
+    model = shutil.copytree(families("llama")["expert0"], tmp_path / "model")
+    real = generated.load_model
+
+    def replaced(*args, **kwargs):
+        shutil.copy(families("llama")["expert1"] / "model.safetensors", model)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(generated, "load_model", replaced)
+    with pytest.raises(PaveError, match="were written anew while they were read"):
+        generated_samples(source_of(model), CalibrationSpec("self", num_samples=2), Resources())
+    assert not list((cache_folder() / "generated").glob("*.json"))
+
+
 def test_damaged_text_is_named(path):
     rows_of(path)
     (file,) = (cache_folder() / "generated").glob("*.json")
