@@ -91,9 +91,7 @@ def prepare(out: Path, quick: bool, names: Iterable[str] = NAMES) -> None:
         write_rows(out / "calibration" / f"{task}.jsonl", texts[:CALIBRATION_ROWS])
 
 
-def train(
-    out: Path, task: str, seed: int, quick: bool, epochs: int = EPOCHS, rate: float = LEARNING_RATE
-) -> None:
+def train(out: Path, task: str, seed: int, quick: bool) -> None:
     """One expert: `experts/SEED/TASK`, its head beside it."""
     folder = out / "experts" / str(seed) / task
     if folder.exists():
@@ -104,7 +102,7 @@ def train(
     heads = {"base": fit_head(model.all_features(data[0]), data[1])}
     # Not that one: an encoder that has to fit a fresh head moves further, as fine-tunes do.
     model.head = nn.Linear(*reversed(heads["base"].weight.shape))
-    for line in fine_tune(model, data, seed, epochs, rate):
+    for line in fine_tune(model, data, seed, EPOCHS, LEARNING_RATE):
         print(f"  {task}, seed {seed}: {line}", flush=True)
     heads["expert"] = model.head
     tensors = {f"{of}.{k}": v for of, head in heads.items() for k, v in head.state_dict().items()}

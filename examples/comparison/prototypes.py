@@ -222,7 +222,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def options(description: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--setting", choices=("encoder", "causal", "halves", "long"),
+    parser.add_argument("--setting", choices=("encoder", "causal", "halves"),
                         default="encoder")
     parser.add_argument("--tasks", help="TASK,TASK/TASK,...; default: all")
     parser.add_argument("--seeds", type=lambda text: text.split(","), default=["0"])

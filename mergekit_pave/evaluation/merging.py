@@ -56,7 +56,10 @@ def merge_to(raw: Mapping[str, Any], folder: Path, options: LoaderOptions, devic
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a full disk, on which a candidate cannot be written to `folder`, into a `PaveError`."""
+    """Turn a full disk, on which a candidate cannot be written to `folder`, into a `PaveError`.
+
+    It names the place that the user knows: `folder` lies in a hidden one there.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -64,7 +67,7 @@ def writing(folder: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "serializing" not in str(error):
             raise
         raise PaveError(
-            f"The merge cannot be written to {folder.parent} "
+            f"The merge cannot be written to {folder.parent.parent} "
             f"({getattr(error, 'strerror', None) or error}); what is scored is kept, run it again "
             "once there is room.") from error
 

@@ -70,4 +70,3 @@ def places(group: TensorGroup, entries: Iterable[TensorEntry]) -> list[int]:
     """Which of a group's models these are, whatever they are called."""
     ids = [entry.id for entry in entries]
     return [i for i, entry in enumerate(group.non_base) if entry.id in ids]
-

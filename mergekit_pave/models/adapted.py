@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave.algebra.numeric import wide
 from mergekit_pave.errors import PaveError
-from mergekit_pave.models.adapters import target, unfit
+from mergekit_pave.models.adapters import plain, target, unfit
 from mergekit_pave.models.headers import ADAPTERS, folder_of
 from mergekit_pave.models.layers import empty_model, is_transposed
 from mergekit_pave.models.merged_copies import NOT_THERE
@@ -238,5 +238,4 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(file)
     else:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    # Some trainers leave the name in that peft knows an adapter by.
-    return {key.replace(".default", ""): value for key, value in tensors.items()}
+    return {plain(key): value for key, value in tensors.items()}

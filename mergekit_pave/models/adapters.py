@@ -42,10 +42,10 @@ def unfit(model: ModelReference, options: LoaderOptions) -> str | None:
         return (f"The adapter {model.lora} changes no weights, as a prompt does, and cannot be "
                 "merged: name an adapter of another kind, such as LoRA.")
     headers = adapter_headers(folder)
-    found = {key.replace(".default", ""): key for key in headers}
+    found = {plain(key): key for key in headers}
     for name, key in found.items():
-        plain, factor = target(key)  # an embedding that peft has saved whole, say
-        whole = own.get(plain) if key.startswith(PREFIX) and not factor else None
+        weight, factor = target(key)  # an embedding that peft has saved whole, say
+        whole = own.get(weight) if key.startswith(PREFIX) and not factor else None
         there = expected.get(name, whole)
         if there is None:
             return (f"The adapter {model.lora} has {key}, and {model.model} no place for it: it "
@@ -83,6 +83,11 @@ def _expected(empty: PreTrainedModel, folder: Path) -> tuple[dict[str, tuple[int
 
 def folder_is_local(model: ModelReference) -> bool:
     return model.lora.path.startswith((".", "/", "~"))
+
+
+def plain(key: str) -> str:
+    """A tensor's name without that by which peft knows an adapter, which some trainers leave in."""
+    return ".".join(part for part in key.split(".") if part != "default")
 
 
 def target(key: str) -> tuple[str, str]:

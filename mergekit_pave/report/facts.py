@@ -177,8 +177,8 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class ModelCut(Cut):
-    """One model's, with its numbers of tensors."""
+class Tensors:
+    """How many are treated in which way."""
 
     purified: int
     plain: int
@@ -186,12 +186,8 @@ class ModelCut(Cut):
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Of all models together."""
-
-    purified: int
-    plain: int
-    skipped: int
+class ModelCut(Tensors, Cut):
+    """What is dropped of one model, and its numbers of tensors."""
 
 
 @dataclass(frozen=True)

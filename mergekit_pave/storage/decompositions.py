@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +37,8 @@ ROOM = "MERGEKIT_PAVE_DECOMPOSITIONS"
 DEFAULT_ROOM = 8 * 2**30
 _FAULTS = (PaveError, OSError, LookupError, TypeError, ValueError)
 _lock = threading.Lock()
-# Bytes of changes that this process has kept.
-_changes = 0
+# Seconds after its last use for which nothing is pushed out by a merged change.
+_RECENT = 24 * 3600
 
 
 def room() -> int:
@@ -96,13 +97,12 @@ def remembered(
 def remembered_change(folder: Path, name: str, compute: Callable[[], Tensor]) -> Tensor:
     """The change of a weight (m, n) under that name, computed if it is not there.
 
-    All changes of a merge are as large as a model in float32. One process keeps no more of them
-    than there is room for: a merge that pushed out its own would leave nothing for the next.
+    All changes of a merge are as large as a model in float32. None pushes out what was used within
+    a day: a merge that pushed out its own would leave nothing for the next.
 
     Raises:
         PaveError: `MERGEKIT_PAVE_DECOMPOSITIONS` is no size.
     """
-    global _changes
     limit, path = room(), folder / name[:2] / f"{name}.safetensors"
     if limit and (header := read_header(path, KIND)) is not None:
         try:
@@ -112,12 +112,9 @@ def remembered_change(folder: Path, name: str, compute: Callable[[], Tensor]) ->
         except _FAULTS:
             pass
     change = compute()
-    with _lock:
-        fits = _changes + change.nbytes <= limit
-        _changes += change.nbytes if fits else 0
-    if fits:
+    if limit:
         try:
-            _keep(folder, path, {"change": change}, limit, of="methods")
+            _keep(folder, path, {"change": change}, limit, _RECENT, of="methods")
         except (OSError, PaveError) as error:
             _warn(str(error))
     return change
@@ -129,20 +126,25 @@ def _warn(what: str) -> None:
 
 
 def _keep(
-    folder: Path, path: Path, tensors: dict[str, Tensor], limit: int, **about: object
+    folder: Path, path: Path, tensors: dict[str, Tensor], limit: int, spared: float = 0.0,
+    **about: object,
 ) -> None:
+    """Write tensors, where there is room without files used in the last `spared` seconds."""
     here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in here.values())
     if size > limit:
         return
     make_folder(path.parent)
     with _lock:
-        _make_room(folder, limit - size)
-    write_tensors(path, KIND, here, **about)
+        fits = _make_room(folder, limit - size, spared)
+    if fits:
+        write_tensors(path, KIND, here, **about)
 
 
-def _make_room(folder: Path, limit: int) -> None:
-    """Remove the files that were not used for longest until the others fill at most `limit`."""
+def _make_room(folder: Path, limit: int, spared: float) -> bool:
+    """Remove the files that were not used for longest, but none of the last `spared` seconds,
+    until the others fill at most `limit`; False where they cannot.
+    """
     found = []
     for file in folder.glob("*/*.safetensors"):
         try:
@@ -151,12 +153,17 @@ def _make_room(folder: Path, limit: int) -> None:
             continue
         found.append((seen.st_mtime_ns, seen.st_size, file))
     total = sum(size for _, size, _ in found)
-    for _, size, file in sorted(found):
+    newest = time.time_ns() - int(spared * 10**9)
+    free = [one for one in sorted(found) if not spared or one[0] < newest]
+    if total - sum(size for _, size, _ in free) > limit:
+        return False
+    for _, size, file in free:
         if total <= limit:
-            return
+            break
         if read_header(file, KIND) is not None:
             file.unlink(missing_ok=True)
             total -= size
+    return total <= limit
 
 
 def _read(path: Path, count: int) -> Tail | None:

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from accelerate.utils.offload import OffloadedWeightsLoader
 from helpers import write_images, write_tokenizer
+from helpers.shards import reads
 from torch import nn
 
 from mergekit_pave.calibration.blocks import Walk
@@ -122,14 +121,7 @@ def test_architectures_with_something_between_their_blocks(tmp_path, texts, name
 def test_every_weight_is_read_once(families, texts, tmp_path, monkeypatch):
     path = families("llama")["expert0"]
     spec = CalibrationSpec(dataset=str(texts[0]), num_samples=40, batch_size=4)
-    read: Counter[str] = Counter()
-    real = OffloadedWeightsLoader.__getitem__
-
-    def counted(self, key):
-        read[key] += 1
-        return real(self, key)
-
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    read = reads(monkeypatch)
     calibrate_to(source_of(path), spec, tmp_path / "s",
                  Resources(max_memory=20_000, statistics_memory=1))
     assert read

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.utils.offload import OffloadedWeightsLoader
+from helpers.shards import reads
 
 from mergekit_pave.calibration.blocks import Walk
 from mergekit_pave.calibration.load import Resources
@@ -75,14 +74,7 @@ def test_scores_are_those_of_the_model_in_memory(families, texts, kind, agrees, 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_every_weight_is_read_twice(families, texts, kind, monkeypatch):
-    read: Counter[str] = Counter()
-    real = OffloadedWeightsLoader.__getitem__
-
-    def counted(self, key):
-        read[key] += 1
-        return real(self, key)
-
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    read = reads(monkeypatch)
     _scores(families(kind), texts, SHARDS)
     # In the pass that finds the blocks, and in the walk.
     assert read and max(read.values()) == 2, read

@@ -8,16 +8,15 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from helpers import make_family, write_texts
+from helpers.examples import EXAMPLES, run_of
 from mergekit.config import MergeConfiguration
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path[:0] = [str(EXAMPLES / "comparison"), str(EXAMPLES / "quickstart")]
 
 import bench  # noqa: E402
@@ -35,15 +34,7 @@ from mergekit_pave.recipe.spelling import is_ours  # noqa: E402
 mergekit_pave.register()
 
 
-def _run_module():
-    """Not `import run`: the quickstart has one too."""
-    spec = importlib.util.spec_from_file_location("comparison", EXAMPLES / "comparison/run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-run = _run_module()
+run = run_of("comparison")
 
 
 # --- search --------------------------------------------------------------------------------

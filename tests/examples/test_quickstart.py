@@ -1,17 +1,16 @@
 """The quickstart example: its pure parts here, the whole run under `-m slow`."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers.examples import EXAMPLES, run_of
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+QUICKSTART = EXAMPLES / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
 import folders  # noqa: E402
@@ -20,10 +19,7 @@ import train  # noqa: E402
 
 from mergekit_pave.recipe.parameters import PARAMETERS  # noqa: E402
 
-# Not `import run`: the comparison has one too.
-_SPEC = importlib.util.spec_from_file_location("quickstart", QUICKSTART / "run.py")
-run = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(run)
+run = run_of("quickstart")
 
 
 def _template(name):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 from mergekit.merge_methods import merge_tensors
@@ -29,7 +32,6 @@ def merged(method: str, tensors: list[torch.Tensor], **parameters) -> torch.Tens
 @pytest.fixture(autouse=True)
 def small_ones_are_kept(monkeypatch):
     monkeypatch.setattr(module, "_LARGE", 1)
-    monkeypatch.setattr(decompositions, "_changes", 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,6 +71,16 @@ def test_more_than_there_is_room_for_pushes_nothing_out(monkeypatch, tmp_path):
     for seed in range(3):
         merged("tsv_m", weights(seed))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+
+
+def test_what_was_not_used_for_a_day_makes_room(monkeypatch, tmp_path):
+    monkeypatch.setenv(decompositions.ROOM, "8kB")
+    merged("tsv_m", weights(0))
+    (old,) = (tmp_path / "cache").rglob("*.safetensors")
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    merged("tsv_m", weights(1))
+    (new,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert new != old
 
 
 def test_a_damaged_file_costs_time_only(tmp_path):

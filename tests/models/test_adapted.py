@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_pave import plugin
 from mergekit_pave.errors import PaveError
 from mergekit_pave.models.adapted import adapted_loader
+from mergekit_pave.models.adapters import plain
 from mergekit_pave.models.source import LoaderOptions
 
 plugin.register()
@@ -218,3 +219,8 @@ def test_settings_that_are_none(families, tmp_path, change):
     file.write_text(json.dumps(settings))
     with pytest.raises(PaveError):
         adapted_loader(reference(base, folder), OPTIONS)
+
+
+def test_only_a_part_of_a_name_that_is_default_is_left_out():
+    name = "base_model.model.default_head.proj.lora_A"
+    assert plain(f"{name}.default.weight") == plain(f"{name}.weight") == f"{name}.weight"
